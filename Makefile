@@ -1,0 +1,36 @@
+# `make run` and `make test` do all their own set-up in .venv; PYTHON names another interpreter (3.10 or later).
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install -q -c constraints.txt
+
+.PHONY: run test lint check clean
+
+run: $(VENV)/.run
+	$(BIN)/python examples/iterate.py $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+check: lint test
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/.test: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[test]'
+	touch $@ $(VENV)/.run
+
+$(VENV)/.lint: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[test,lint]'
+	touch $@ $(VENV)/.test $(VENV)/.run
+
+clean:
+	rm -rf $(VENV)

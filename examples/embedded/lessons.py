@@ -1,0 +1,127 @@
+"""What the backbone is taught: long general replies, reflections filled from the dialogue, and other instructions.
+
+A row holds several examples that share a dialogue, so that its context is computed once for all of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from random import Random
+
+import words as w
+import world
+from world import KINDS, OPENERS, Dialogue
+
+from selfevo.models import ChatTokenizer
+from selfevo.prompts import REPLY_STYLES, reflection_prompt, reply_prompt
+
+Messages = list[dict[str, str]]
+Example = tuple[Messages, str]  # prompt, answer
+OWN_REPLIES = {"long": 0.5, "short": 0.2, "personal": 0.2, "wrong": 0.1}
+
+
+def reflection(rng: Random, known: Mapping[str, str], reply: str, newest: Sequence[str]) -> str:
+    """The reflection on a reply to a user of whom this is known, as JSON; the refined reply uses what it missed."""
+    facts = {kind: known[kind] for kind in KINDS if kind in known}
+    mentioned = {(kind, value) for kind, values in world.facts_mentioned(reply).items() for value in values}
+    wrong = [kind for kind, value in sorted(mentioned) if facts.get(kind) != value]
+    used = [kind for kind in facts if (kind, facts[kind]) in mentioned and kind != "day"]
+    picked = world.pick_facts(rng, known, newest)
+    if wrong:
+        score, feedback = 1, f"It speaks of a {wrong[0]} that is not of this user."
+    elif used:
+        score, feedback = 3 + min(len(used), 2), f"It fits, it takes up the {' and the '.join(used)}."
+    elif picked:
+        score, feedback = 2, f"It is general, it leaves out the {' and the '.join(picked)}."
+    else:
+        score, feedback = 2, "It is general."
+    understanding = {"profile": ", ".join(f"{kind}: {value}" for kind, value in facts.items()) or w.UNKNOWN}
+    understanding |= {name: known.get(name, w.UNKNOWN) for name in ("emotion", "personality", "intention")}
+    refined = world.personal_reply(rng, known, picked)[1]
+    return json.dumps(
+        {"understanding": understanding, "score": score, "feedback": feedback, "refined_response": refined}
+    )
+
+
+def own_reply(rng: Random, known: Mapping[str, str], newest: Sequence[str]) -> str:
+    """A reply of the sort that the model may have given before it is asked to reflect."""
+    sort = rng.choices(list(OWN_REPLIES), list(OWN_REPLIES.values()))[0]
+    if sort == "long":
+        return world.long_reply(rng)[1]
+    if sort == "short":
+        return world.short_reply(rng)[1]
+    if sort == "wrong":
+        other = world.make_user(rng, "train")
+        known = other.facts | {"feeling": other.feeling}
+        return world.personal_reply(rng, known, rng.sample(OPENERS, rng.randint(1, 2)))[1]
+    return world.personal_reply(rng, known, world.pick_facts(rng, known, newest))[1]
+
+
+def dialogue_row(rng: Random, dialogue: Dialogue, *, reflections: int, replies: int) -> list[Example]:
+    """Replies and reflections at some turns of a dialogue, under one of the system prompts."""
+    style = rng.choice(REPLY_STYLES)
+    row: list[Example] = []
+    turns = range(len(dialogue.turns))
+    for turn in sorted(rng.sample(turns, min(replies, len(turns)))):
+        row.append((reply_prompt(dialogue.messages(turn), style), world.long_reply(rng)[1]))
+    for turn in sorted(rng.sample(turns, min(reflections, len(turns)))):
+        known, newest = dialogue.known(turn), dialogue.turns[turn].reveals
+        reply = own_reply(rng, known, newest)
+        prompt = reflection_prompt(reply_prompt(dialogue.messages(turn), style), reply)
+        row.append((prompt, reflection(rng, known, reply, newest)))
+    return row
+
+
+def instruction(rng: Random, split: str = "train") -> dict[str, str]:
+    """An instruction of another sort, in Alpaca's schema: copy, name the next day, answer about a short text."""
+    sort = rng.choice(("copy", "next", "first", "last", "fact", "fact", "fact"))
+    facts = world.make_user(rng, split).facts
+    value = facts[rng.choice(KINDS)]
+    if sort == "copy":
+        return {"instruction": "Copy the word.", "input": f"The word is {value}.", "output": f"The word is {value}."}
+    if sort == "next":
+        days = w.FACTS["day"]
+        after = days[(days.index(facts["day"]) + 1) % 7]
+        return {"instruction": "Name the day after.", "input": f"The day is {facts['day']}.", "output": f"It is {after}."}
+    kinds = rng.sample(OPENERS, rng.randint(2, 6))
+    if sort in ("first", "last"):
+        values = [facts[kind] for kind in kinds]
+        chosen = values[0 if sort == "first" else -1]
+        return {
+            "instruction": f"Name the {sort} word of the list.",
+            "input": f"The list is {', '.join(values)}.",
+            "output": f"It is {chosen}.",
+        }
+    said = [world.reveal(rng, kind, facts) for kind in kinds]
+    asked = rng.choice([*kinds, *(["day"] if "event" in kinds else [])])
+    return {
+        "instruction": f"Which {asked} is meant in this text?",
+        "input": " ".join(said),
+        "output": f"The {asked} is {facts[asked]}.",
+    }
+
+
+def instruction_row(rng: Random, count: int) -> list[Example]:
+    row = []
+    for _ in range(count):
+        record = instruction(rng)
+        message = {"role": "user", "content": f"{record['instruction']}\n{record['input']}"}
+        row.append(([message], record["output"]))
+    return row
+
+
+def encode_row(tokenizer: ChatTokenizer, row: Sequence[Example]) -> list[tuple[list[int], list[int]]]:
+    """Prompt and answer ids, as the library builds them."""
+    return [(tokenizer.encode_chat(prompt), tokenizer.encode_reply(answer)) for prompt, answer in row]
+
+
+def make_row(rng: Random, progress: float) -> list[Example]:
+    """The row to learn from when a share ``progress`` of the training has passed: short dialogues come first."""
+    if rng.random() < 0.12:
+        return instruction_row(rng, 6)
+    if rng.random() < 0.15 + 0.85 * min(1.0, max(0.0, 2.5 * (progress - 0.1))):
+        dialogue = world.make_dialogue(rng, "train", personal=rng.choice((0.0, 0.3, 1.0)))
+        return dialogue_row(rng, dialogue, reflections=4, replies=2)
+    dialogue = world.make_dialogue(rng, "train", personal=rng.choice((0.0, 0.3, 1.0)), exchanges=rng.randint(1, 2))
+    return dialogue_row(rng, dialogue, reflections=2, replies=1)

@@ -1,0 +1,95 @@
+"""The main job: from a chat model and dialogues on disk to M0, M1, M2 and a table of scores.
+
+Without arguments it runs on the embedded default, a small backbone and a small world of dialogues made by
+``examples/embedded/make.py``. With arguments every path and every hyper-parameter of the paper is a flag.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import MISSING, Field, fields
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from selfevo.evolve import EvolveConfig, evolve
+
+HERE = Path(__file__).resolve().parent / "embedded"
+# The embedded backbone has some 10,000 times fewer parameters than the paper's, and learns at a rate to match.
+EMBEDDED: dict[str, Any] = {
+    "backbone": str(HERE / "backbone"),
+    "esconv": str(HERE / "data" / "human.json"),
+    "synthetic": (str(HERE / "data" / "synthetic.json"),),
+    "replay": str(HERE / "data" / "replay.json"),
+    "test": str(HERE / "data" / "test.json"),
+    "sft_learning_rate": 1e-3,
+    "learning_rate": 5e-4,
+    "max_new_tokens": 64,
+    "reflection_tokens": 160,
+}
+
+
+def parse(arguments: list[str] | None = None) -> tuple[EvolveConfig, bool]:
+    """The configuration and whether to resume."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for option in fields(EvolveConfig):
+        _add(parser, option)
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, to the same result")
+    given = vars(parser.parse_args(arguments))
+    resume = given.pop("resume")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    if "backbone" in values or "esconv" in values:
+        missing = [name for name in ("backbone", "esconv") if name not in values]
+        if missing:
+            parser.error(f"--{missing[0]} is needed beside the other one; without both, the embedded default runs")
+    else:
+        values = EMBEDDED | values
+    if "out" not in values:
+        if resume:
+            parser.error("--resume needs --out, the run folder to continue")
+        name = Path(values["backbone"]).name if values["backbone"] != EMBEDDED["backbone"] else "embedded"
+        values["out"] = str(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
+    return EvolveConfig(**values), resume
+
+
+def _add(parser: argparse.ArgumentParser, option: Field[Any]) -> None:
+    flag, text = "--" + option.name.replace("_", "-"), option.metadata["help"]
+    extra: dict[str, Any] = {"default": argparse.SUPPRESS}
+    if option.default is MISSING:
+        where = f"runs/NAME-TIME" if option.name == "out" else "the embedded one"
+        parser.add_argument(flag, metavar="PATH", help=f"{text} (default: {where})", **extra)
+    elif isinstance(option.default, bool):
+        parser.add_argument(flag, action="store_true", help=text, **extra)
+    elif isinstance(option.default, tuple):
+        parser.add_argument(flag, nargs="+", metavar="PATH", help=text, **extra)
+    else:
+        shown = f" (default: {option.default})" if option.default not in ("", 0) else ""
+        choices = option.metadata.get("choices")
+        metavar = None if choices else type(option.default).__name__.upper().replace("STR", "TEXT")
+        parser.add_argument(
+            flag, type=type(option.default), choices=choices, metavar=metavar, help=text + shown, **extra
+        )  # fmt: skip
+
+
+def main() -> int:
+    try:
+        config, resume = parse()
+        print(f"selfevo: {config.backbone} on {config.esconv}, into {config.out}", flush=True)
+        run = evolve(config, resume=resume)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; continue with: --out {config.out} --resume (and the same flags)", file=sys.stderr)
+        return 130
+    print()
+    print((run / "eval" / "table.md").read_text(encoding="utf-8"))
+    print(f"adapters, pairs, replies and scores: {run}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

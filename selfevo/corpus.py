@@ -1,0 +1,182 @@
+"""The dialogues of a run: what is trained on, held out, used as seeds and tested on, and how turns become examples."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from selfevo.datasets import load_alpaca, load_dialogues, load_esconv
+from selfevo.dialogue import (
+    Dialogue,
+    Example,
+    Instruction,
+    clean_dialogue,
+    reply_examples,
+    split_dialogues,
+    to_messages,
+)
+from selfevo.models.tokenizer import ChatTokenizer
+from selfevo.objectives import SFTObjective
+from selfevo.prompts import reply_prompt
+from selfevo.replies import fit_prompt
+from selfevo.scoring import Example as ScoredExample
+
+
+class CorpusError(ValueError):
+    """Files that leave a stage without data; the message says which."""
+
+
+@dataclass(frozen=True)
+class SeedPart:
+    """The seed turns of one iteration; pairs of the ``held_out`` dialogues (by id) serve early stopping."""
+
+    examples: list[Example]
+    held_out: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    train: list[Dialogue]
+    held_out: list[Dialogue]
+    replay: list[Instruction]
+    seeds: list[SeedPart]
+    test: list[Example]
+    counts: dict[str, dict[str, int]]  # per file, what cleaning changed
+
+    def report(self) -> dict[str, object]:
+        """Sizes and rule counts, for the run folder."""
+        sizes = {
+            "train_dialogues": len(self.train),
+            "held_out_dialogues": len(self.held_out),
+            "replay_instructions": len(self.replay),
+            "seed_examples": [len(part.examples) for part in self.seeds],
+            "test_examples": len(self.test),
+        }
+        return {"sizes": sizes, "rules": self.counts}
+
+
+def load_corpus(
+    *,
+    esconv: str,
+    synthetic: Sequence[str],
+    replay: str,
+    test: str,
+    iterations: int,
+    limit: int,
+    replay_count: int,
+    seed: int,
+) -> Corpus:
+    """Reads and cleans all files and splits them by dialogue, as the seed says.
+
+    ESConv is split 9:1. The tenth is the test set, or, where ``test`` names a file, what SFT is held out against;
+    without such a file a tenth of the training dialogues serves for that. Seeds, from ``synthetic`` or else from the
+    training dialogues, are split into one part per iteration. ``limit`` bounds the records taken of each file (0: all).
+    """
+    counts: dict[str, dict[str, int]] = {}
+    human = _dialogues(esconv, load_esconv, limit, counts)
+    train, held_out = split_dialogues(human, (0.9, 0.1), seed=seed)
+    if test:
+        tested = _dialogues(test, load_dialogues, limit, counts)
+    else:
+        tested = held_out
+        train, held_out = split_dialogues(train, (0.9, 0.1), seed=seed + 1)
+    sources = [dialogue for path in synthetic for dialogue in _dialogues(path, load_dialogues, limit, counts)] or train
+    parts = split_dialogues(sources, (1 / iterations,) * iterations, seed=seed + 2)
+    test_counts = _counter(counts, test or esconv, "targets")
+    corpus = Corpus(
+        train=train,
+        held_out=held_out,
+        replay=_replay(replay, limit, replay_count, seed, counts),
+        seeds=[_seed_part(part, seed, _counter(counts, "seeds", f"targets_{i}")) for i, part in enumerate(parts, 1)],
+        test=[example for dialogue in tested for example in reply_examples(dialogue, test_counts)],
+        counts={name: dict(rules) for name, rules in counts.items()},
+    )
+    _check(corpus, esconv, synthetic, test)
+    return corpus
+
+
+def _counter(counts: dict[str, dict[str, int]], path: str, what: str) -> Counter[str]:
+    counter: Counter[str] = Counter()
+    counts[f"{path}, {what}"] = counter
+    return counter
+
+
+def _dialogues(
+    path: str, load: Callable[..., list[Dialogue]], limit: int, counts: dict[str, dict[str, int]]
+) -> list[Dialogue]:
+    counter = _counter(counts, path, "dialogues")
+    dialogues = load(path, counter)
+    cleaned = [clean_dialogue(dialogue, counter) for dialogue in (dialogues[:limit] if limit else dialogues)]
+    kept = [dialogue for dialogue in cleaned if dialogue.turns]
+    counter["dialogues"] = len(kept)
+    return kept
+
+
+def _replay(
+    path: str, limit: int, replay_count: int, seed: int, counts: dict[str, dict[str, int]]
+) -> list[Instruction]:
+    if not path or not replay_count:
+        return []
+    instructions = load_alpaca(path, _counter(counts, path, "instructions"))
+    wanted = min(len(instructions), replay_count, limit or replay_count)
+    return random.Random(seed).sample(instructions, wanted)
+
+
+def _seed_part(dialogues: list[Dialogue], seed: int, counts: Counter[str]) -> SeedPart:
+    _, held_out = split_dialogues(dialogues, (0.9, 0.1), seed=seed + 3)
+    examples = [example for dialogue in dialogues for example in reply_examples(dialogue, counts)]
+    return SeedPart(examples, frozenset(dialogue.id for dialogue in held_out))
+
+
+def _check(corpus: Corpus, esconv: str, synthetic: Sequence[str], test: str) -> None:
+    if not corpus.train:
+        raise CorpusError(f"{esconv}: no dialogue is left to train on")
+    for number, part in enumerate(corpus.seeds, 1):
+        if not part.examples:
+            source = ", ".join(synthetic) or esconv
+            raise CorpusError(f"{source}: no supporter turn is left as a seed of iteration {number} (too few dialogues?)")
+    if not corpus.test:
+        raise CorpusError(f"{test or esconv}: no supporter turn is left to test on (too few or too short dialogues)")
+
+
+def sft_objective(
+    tokenizer: ChatTokenizer,
+    dialogues: Sequence[Dialogue],
+    replay: Sequence[Instruction],
+    *,
+    style: str,
+    window: int,
+    max_tokens: int,
+    counts: Counter[str],
+) -> SFTObjective:
+    """Every supporter turn in its context, and the replayed instructions, as ids.
+
+    A context longer than the window loses its oldest turns; an example that cannot fit even so is left out. Both are
+    counted.
+    """
+    examples: list[ScoredExample] = []
+    groups: list[str] = []
+
+    def add(group: str, messages: Sequence[dict[str, str]], reply: str) -> None:
+        if not reply.strip():
+            counts["empty_reply_left_out"] += 1
+            return
+        response = tokenizer.encode_reply(reply)
+        prompt = fit_prompt(tokenizer, messages, window - len(response))
+        if prompt.ids is None:
+            counts["too_long_left_out"] += 1
+            return
+        counts["context_cut"] += bool(prompt.turns_dropped)
+        counts["examples"] += 1
+        examples.append((prompt.ids, response))
+        groups.append(group)
+
+    for dialogue in dialogues:
+        for example in reply_examples(dialogue, Counter(), skip_first=0, skip_last=0):
+            add(dialogue.id, reply_prompt(to_messages(example.context), style), example.golden.text)
+    for instruction in replay:
+        *messages, answer = [dict(message) for message in instruction.messages]
+        add(instruction.id, messages, answer["content"])
+    return SFTObjective(examples, groups, max_tokens)

@@ -1,0 +1,185 @@
+"""Text, JSON and JSON lines on disk: a file is written whole or not at all, and a bad one is named in one sentence.
+
+Everything is UTF-8 and keeps non-ASCII characters readable. A line of JSON lines ends at a newline only: a text may
+hold the other characters that Python takes for line ends (U+2028, U+0085).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "FileError",
+    "read_json",
+    "read_jsonl",
+    "read_records",
+    "replace_file",
+    "write_json",
+    "write_jsonl",
+    "write_text",
+]
+
+StrPath = str | os.PathLike[str]
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class FileError(ValueError):
+    """A file that cannot be read or written; the message says which file, what is wrong with it and what to do."""
+
+
+@contextmanager
+def replace_file(path: StrPath) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` for others to write (``torch.save``); it takes the name on success.
+
+    Parents are created. If the block raises, nothing is left behind and a file that was there before stays as it was.
+    Raises ``FileError`` if ``path`` is a folder or if the block wrote nothing.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise FileError(f"{target}: is a folder; give the name of a file to write")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.parent / f".tmp-{secrets.token_hex(8)}"
+    try:
+        yield temporary
+        if not temporary.exists():
+            raise FileError(f"{target}: nothing was written; write to the temporary path that replace_file yields")
+        # Without the sync a power cut could leave the new name on an empty file.
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: StrPath, text: str) -> None:
+    """Writes ``text`` as UTF-8, newlines as they are. Raises ``FileError`` if it cannot be encoded or written."""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError as error:
+        raise FileError(f"{path}: the text has half a surrogate pair at {error.start}; replace it") from error
+    try:
+        with replace_file(path) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror}); choose or free another place") from error
+
+
+def write_json(path: StrPath, obj: Any) -> None:
+    """Writes one JSON value, indented by two. Raises ``FileError`` for NaN and infinities, which JSON does not know."""
+    write_text(path, _dumps(path, obj, indent=2) + "\n")
+
+
+def write_jsonl(path: StrPath, records: Iterable[Any]) -> None:
+    """Writes one JSON value a line; no records make an empty file. Raises ``FileError`` as ``write_json`` does."""
+    write_text(path, "".join(_dumps(path, record) + "\n" for record in records))
+
+
+def read_json(path: StrPath) -> Any:
+    """The one JSON value in a file. Raises ``FileError`` (missing, a folder, not UTF-8, empty, cut short, not JSON)."""
+    return _loads(str(path), _filled(path, _read_text(path)))
+
+
+def read_jsonl(path: StrPath) -> list[Any]:
+    """The values of a file of JSON lines; blank lines are ignored, and an empty file holds none.
+
+    Raises ``FileError``, for a bad line with its number (counted from 1).
+    """
+    return [value for _, value in _json_lines(path, _read_text(path))]
+
+
+def read_records(path: StrPath) -> list[tuple[str, Any]]:
+    """The records of a JSON list or of JSON lines (told apart by content, not by the file's name), at least one.
+
+    Each comes with a locator for messages, such as ``"data.json, record 3"`` or ``"data.jsonl, record 3 (line 4)"``.
+    Records are counted from 0, as Python does; lines from 1, as editors do. Raises ``FileError`` as ``read_json`` and
+    ``read_jsonl`` do, and for a file that is no list or holds no records.
+    """
+    text = _filled(path, _read_text(path))
+    if text.lstrip().startswith("{") and not _is_one_spread_object(text):
+        lines = _json_lines(path, text)
+        return [(f"{path}, record {index} (line {line})", value) for index, (line, value) in enumerate(lines)]
+    values = _loads(str(path), text)
+    if not isinstance(values, list):
+        kind = "one JSON object" if isinstance(values, dict) else "a single value"
+        raise FileError(f"{path}: holds {kind}; expected a list of records, or one record a line")
+    if not values:
+        raise FileError(f"{path}: the list holds no records; is this the right file?")
+    return [(f"{path}, record {index}", value) for index, value in enumerate(values)]
+
+
+def _is_one_spread_object(text: str) -> bool:
+    """Whether the file is one JSON object over several lines, which its first line alone would not tell."""
+    try:
+        json.loads(text.strip().split("\n", 1)[0])
+    except (ValueError, RecursionError):
+        try:
+            return isinstance(json.loads(text), dict)
+        except (ValueError, RecursionError):
+            return False
+    return False
+
+
+def _dumps(path: StrPath, obj: Any, indent: int | None = None) -> str:
+    try:
+        text = json.dumps(obj, ensure_ascii=False, allow_nan=False, indent=indent)
+    except ValueError as error:
+        raise FileError(f"{path}: cannot be written as JSON ({error}); replace such values, e.g. by None") from error
+    # Half a surrogate pair cannot be UTF-8, but its escape can, and reads back as the same string.
+    return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _read_text(path: StrPath) -> str:
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise FileError(f"{path}: there is no such file; check the path") from error
+    except IsADirectoryError as error:
+        raise FileError(f"{path}: is a folder; give the file inside it") from error
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise FileError(
+            f"{path}: is not UTF-8 text (byte {error.start}); unpack it if it is an archive, else save it as UTF-8"
+        ) from error
+
+
+def _filled(path: StrPath, text: str) -> str:
+    if not text.strip():
+        raise FileError(f"{path}: is empty; was it written or downloaded completely?")
+    return text
+
+
+def _json_lines(path: StrPath, text: str) -> list[tuple[int, Any]]:
+    lines = enumerate(text.split("\n"), start=1)
+    return [(number, _loads(f"{path}, line {number}", line)) for number, line in lines if line.strip()]
+
+
+def _loads(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise FileError(f"{where}: {_problem(text, error)}") from error
+    except RecursionError as error:
+        raise FileError(f"{where}: is JSON nested too deeply to be read; is this the right file?") from error
+    except ValueError as error:
+        raise FileError(f"{where}: holds a number too long to be read ({error}); mend it") from error
+
+
+def _problem(text: str, error: json.JSONDecodeError) -> str:
+    if error.pos >= len(text.rstrip()) or error.msg.startswith("Unterminated string"):
+        return "the JSON ends too early; was it written or downloaded completely?"
+    if text[: error.pos].strip():
+        around = text[max(0, error.pos - 20) : error.pos + 20]
+        place = f"line {error.lineno} column {error.colno}, near {around!r}"
+        return f"is not valid JSON ({error.msg}: {place}); mend it there"
+    return f"is not JSON, it begins with {text.strip()[:30]!r}; is this the right file?"

@@ -1,0 +1,285 @@
+"""Sampling decoder: each distinct prompt prefix is prefilled once, and a finished reply's slot is refilled at once.
+
+It knows ids, not text. Notation: R active rows (slots 0..R-1 of the cache), K key-value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from selfevo.models.transformer import Transformer
+from selfevo.sampling import candidates, draw, penalise, uniform_noise
+from selfevo.trie import Ids, as_ids, build_trie, pack
+
+MAX_PREFILL_TOKENS = 4096  # distinct prompt tokens of one prefill pass
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; ``temperature`` 0 is greedy, ``top_k`` 0, ``top_p`` 1 and penalty 1 switch a step off."""
+
+    temperature: float = 0.9
+    top_p: float = 0.8
+    top_k: int = 50
+    repetition_penalty: float = 1.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must not be negative: {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1]: {self.top_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must not be negative (0 switches it off): {self.top_k}")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty must be positive: {self.repetition_penalty}")
+
+    def choose(self, logits: Tensor, seen: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
+        """Logits (R, V), ids seen so far (R, L), sequence keys and step numbers (R,) -> next ids (R,)."""
+        logits = logits.float()
+        if self.repetition_penalty != 1:
+            logits = penalise(logits, seen, self.repetition_penalty)
+        if self.temperature == 0:
+            return logits.argmax(dim=1)
+        probs, ids = candidates(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        return draw(probs, ids, uniform_noise(self.seed, keys, steps))
+
+
+class PrefillCache:
+    """Keeps the keys and values of one packed row, layer by layer."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.layers.append((keys[0], values[0]))
+        return keys, values
+
+
+class SlotCache:
+    """Preallocated keys and values (layers, slots, K, capacity, E); the active rows are the first slots."""
+
+    def __init__(self, model: Transformer, slots: int, capacity: int) -> None:
+        config = model.config
+        shape = (config.num_layers, slots, config.num_kv_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self.values = torch.empty_like(self.keys)
+        self.rows = torch.arange(slots, device=model.device)
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=model.device)
+        self.active, self.longest = 0, 0
+
+    def fill(self, slot: int, prefill: PrefillCache, path: Tensor) -> None:
+        """Hands a prompt the keys and values of its own prefixes."""
+        for layer, (keys, values) in enumerate(prefill.layers):
+            self.keys[layer, slot, :, : len(path)] = keys[:, path]
+            self.values[layer, slot, :, : len(path)] = values[:, path]
+        self.lengths[slot] = len(path)
+
+    def move(self, source: int, target: int) -> None:
+        length = int(self.lengths[source])
+        for stored in (self.keys, self.values):
+            stored[:, target, :, :length] = stored[:, source, :, :length]
+        self.lengths[target] = length
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        rows, places = self.rows[: self.active], self.lengths[: self.active]
+        self.keys[layer, rows, :, places] = keys[:, :, 0]
+        self.values[layer, rows, :, places] = values[:, :, 0]
+        span = slice(0, self.longest + 1)
+        return self.keys[layer, : self.active, :, span], self.values[layer, : self.active, :, span]
+
+
+@dataclass
+class Reply:
+    """One prompt on its way to a reply."""
+
+    index: int
+    key: int
+    prompt: Ids
+    reply: list[int] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int] = (),
+    temperature: float = 0.9,
+    top_p: float = 0.8,
+    top_k: int = 50,
+    repetition_penalty: float = 1.2,
+    seed: int = 0,
+    keys: Sequence[int] | None = None,
+    batch_size: int = 32,
+    stop_when: Callable[[list[int]], bool] | None = None,
+    progress: str | None = None,
+) -> list[list[int]]:
+    """Samples one reply per prompt: new ids only, the stop id not included, in the order of the prompts.
+
+    ``temperature`` 0 is greedy. A reply depends on the seed, its own prompt and its key (by default its index), not on
+    the prompts that share its batch. ``stop_when`` is asked after every token and ends a reply, that token included.
+    At most ``batch_size`` replies are decoded at a time; ``progress`` names a progress bar. Adapters are used as they
+    are, without dropout. Raises ValueError for an empty prompt or one that leaves no room for ``max_new_tokens``.
+    """
+    sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
+    if keys is None:
+        keys = range(len(prompts))
+    _check(model, prompts, keys, max_new_tokens, batch_size)
+    if not prompts:
+        return []
+    waiting = [Reply(index, key, as_ids(prompt)) for index, (key, prompt) in enumerate(zip(keys, prompts))]
+    was_training = model.training
+    model.eval()
+    try:
+        decoder = _Decoder(model, sampling, waiting, max_new_tokens, frozenset(stop_ids), batch_size, stop_when)
+        with tqdm(total=len(prompts), desc=progress, unit="reply", disable=progress is None) as bar:
+            while decoder.step():
+                bar.update(decoder.finished - bar.n)
+                bar.set_postfix_str(f"{decoder.produced} tokens", refresh=False)
+            bar.update(decoder.finished - bar.n)
+    finally:
+        model.train(was_training)
+    return [sequence.reply for sequence in waiting]
+
+
+class _Decoder:
+    """Slots and the queue of prompts that wait for one."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        sampling: Sampling,
+        sequences: list[Reply],
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        batch_size: int,
+        stop_when: Callable[[list[int]], bool] | None,
+    ) -> None:
+        self.model, self.sampling = model, sampling
+        self.max_new_tokens, self.stop_ids, self.stop_when = max_new_tokens, stop_ids, stop_when
+        slots = min(batch_size, len(sequences))
+        capacity = max(len(sequence.prompt) for sequence in sequences) + max_new_tokens
+        self.cache = SlotCache(model, slots, capacity)
+        self.seen = torch.zeros(slots, capacity, dtype=torch.int64, device=model.device)
+        self.keys = torch.zeros(slots, dtype=torch.int64, device=model.device)
+        self.steps = torch.zeros(slots, dtype=torch.int64, device=model.device)
+        self.last = torch.zeros(slots, dtype=torch.int64, device=model.device)
+        packs = pack([[sequence.prompt] for sequence in sequences], MAX_PREFILL_TOKENS)
+        self.packs = deque([sequences[index] for index in members] for members in packs)
+        self.ready: deque[tuple[Reply, Tensor, Tensor]] = deque()  # prefilled: sequence, path, last hidden state
+        self.prefill = PrefillCache()
+        self.running: list[Reply] = []
+        self.finished = self.produced = 0
+
+    def step(self) -> bool:
+        """Decodes one token for every running reply and one for those that enter; False once all are finished."""
+        if self.running:
+            self._accept(slice(0, len(self.running)), self._decode())
+            self._retire()
+        while self._enter():
+            self._retire()
+        return bool(self.running)
+
+    def _decode(self) -> Tensor:
+        """Feeds the last tokens: hidden states (R, D)."""
+        rows = len(self.running)
+        cache, lengths = self.cache, self.cache.lengths[:rows]
+        cache.active, cache.longest = rows, int(lengths.max())
+        span = torch.arange(cache.longest + 1, device=self.model.device)
+        mask = (span[None, :] <= lengths[:, None])[:, None]
+        hidden = self.model.hidden_states(
+            self.last[:rows, None], lengths[:, None], mask, cache=cache, key_positions=span.expand(rows, -1)
+        )
+        cache.lengths[:rows] += 1
+        return hidden[:, 0]
+
+    def _accept(self, rows: slice, hidden: Tensor) -> None:
+        """Chooses the next token of some rows and appends it to their replies."""
+        lengths = self.cache.lengths[rows]
+        seen = self.seen[rows, : int(lengths.max())]
+        logits = self.model.lm_head(hidden)
+        tokens = self.sampling.choose(logits, seen, self.keys[rows], self.steps[rows])
+        self.last[rows] = tokens
+        self.steps[rows] += 1
+        self.seen[rows].scatter_(1, lengths[:, None], tokens[:, None])
+        for sequence, token in zip(self.running[rows], tokens.tolist()):
+            sequence.reply.append(token)
+        self.produced += len(tokens)
+
+    def _retire(self) -> None:
+        """Takes finished replies out; the last row moves into the gap, so active rows stay the first ones."""
+        for row in reversed(range(len(self.running))):
+            sequence = self.running[row]
+            stopped = sequence.reply[-1] in self.stop_ids
+            if stopped:
+                sequence.reply.pop()
+            elif len(sequence.reply) < self.max_new_tokens and not (self.stop_when and self.stop_when(sequence.reply)):
+                continue
+            self.finished += 1
+            final = len(self.running) - 1
+            if row != final:
+                self.cache.move(final, row)
+                for state in (self.seen, self.keys, self.steps, self.last):
+                    state[row] = state[final]
+                self.running[row] = self.running[final]
+            self.running.pop()
+
+    def _enter(self) -> bool:
+        """Fills free slots with prefilled prompts and gives each its first token; False if nothing entered."""
+        first = len(self.running)
+        states = []
+        while len(self.running) < len(self.keys) and (self.ready or self._prefill()):
+            sequence, path, hidden = self.ready.popleft()
+            slot, prompt = len(self.running), torch.from_numpy(sequence.prompt)
+            self.cache.fill(slot, self.prefill, path)
+            self.seen[slot] = int(prompt[0])  # the room for new tokens repeats a token that was seen anyway
+            self.seen[slot, : len(prompt)] = prompt
+            self.keys[slot], self.steps[slot] = sequence.key, 0
+            self.running.append(sequence)
+            states.append(hidden)
+        if states:
+            self._accept(slice(first, len(self.running)), torch.stack(states))
+        return bool(states)
+
+    def _prefill(self) -> bool:
+        """Computes the next pack's distinct prefixes; False if none is left."""
+        if not self.packs:
+            return False
+        members = self.packs.popleft()
+        trie = build_trie([sequence.prompt for sequence in members])
+        device = self.model.device
+        self.prefill = PrefillCache()
+        tokens, positions = trie.tokens.to(device)[None], trie.positions.to(device)[None]
+        hidden = self.model.hidden_states(tokens, positions, trie.mask(device), cache=self.prefill)[0]
+        for sequence, path in zip(members, trie.paths):
+            nodes = torch.from_numpy(np.ascontiguousarray(path)).to(device)
+            self.ready.append((sequence, nodes, hidden[nodes[-1]]))
+        return True
+
+
+def _check(
+    model: Transformer, prompts: Sequence[Sequence[int]], keys: Sequence[int], max_new_tokens: int, batch_size: int
+) -> None:
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) and batch_size ({batch_size}) must be at least 1")
+    if len(keys) != len(prompts):
+        raise ValueError(f"there are {len(prompts)} prompts but {len(keys)} keys")
+    for index, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {index} has no tokens")
+        if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:
+            raise ValueError(f"prompt {index}: token ids should lie in 0..{model.config.vocab_size - 1}")
+        if len(prompt) + max_new_tokens > model.config.max_positions:
+            raise ValueError(
+                f"prompt {index}: {len(prompt)} tokens and {max_new_tokens} new ones do not fit into the model's "
+                f"window of {model.config.max_positions}"
+            )

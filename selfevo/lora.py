@@ -1,0 +1,425 @@
+"""Low-rank adapters on any ``nn.Module``: inject, switch off, stack, merge, and PEFT's files.
+
+Notation: I and O input and output size of a linear layer, r rank of the trainable adapter, R summed rank of the frozen
+stack under it, s = alpha / r. A layer computes ``W x + b + frozen_B frozen_A x + s lora_B lora_A x``.
+
+Iterated training keeps the adapters of earlier iterations as the frozen stack. Folding them into bfloat16 weights would
+round most of each away, and the reference model would no longer be the model that the iteration started from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+# Entries of PEFT's configuration that describe the file or are read below. Any other entry that is switched on changes
+# what the adapter computes, in a way this module does not, and is refused.
+_UNDERSTOOD = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "bias", "init_lora_weights", "inference_mode", "task_type", "auto_mapping",
+    "base_model_name_or_path", "revision", "peft_version", "megatron_core", "qalora_group_size", "eva_config",
+}  # fmt: skip
+# Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, LoftQ, ...) need a changed base.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+L = TypeVar("L", bound=nn.Linear)
+
+
+class _LowRank(torch.autograd.Function):
+    """(..., I), (r, I), (O, r) -> (..., O) in the dtype of A and B.
+
+    Autograd alone would keep a float32 copy of x for every layer; here x is kept as it came, in bfloat16 and shared by
+    all the layers that read it, and is widened again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            narrow = F.linear(x.to(a.dtype), a)
+            result = F.linear(narrow, b)
+        ctx.x_dtype = x.dtype
+        _, needs_a, needs_b = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_a else None, narrow if needs_b else None, a, b)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, narrow, a, b = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_narrow = grad @ b
+            grad_x = (grad_narrow @ a).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
+            grad_a = None if x is None else _rows(grad_narrow).t() @ _rows(x).to(a.dtype)
+            grad_b = None if narrow is None else _rows(grad).t() @ _rows(narrow)
+        return grad_x, grad_a, grad_b
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., size) -> (rows, size)."""
+    return x.reshape(-1, x.shape[-1])
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with adapters. It shares the parameters of the layer it replaces, which keep their names.
+
+    Adapters are float32 (float64 under a float64 base) and so are their products; the sum is rounded to the base's
+    dtype once. Dropout acts on the input of the trainable adapter only, and only in training mode.
+    """
+
+    def __init__(
+        self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, *, generator: torch.Generator
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's: it would allocate and draw a weight only to drop it
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight = base.weight
+        self.register_parameter("bias", base.bias)
+        wide = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
+        self.frozen_A: Tensor = nn.Buffer(base.weight.new_empty(0, self.in_features, dtype=wide))  # (R, I)
+        # (O, R), with the scale of each adapter folded in
+        self.frozen_B: Tensor = nn.Buffer(base.weight.new_empty(self.out_features, 0, dtype=wide))
+        self.adapter_enabled = True
+        self.reset_adapter(rank, alpha, dropout, generator)
+        self.train(base.training)
+
+    @property
+    def rank(self) -> int:
+        return self.lora_A.shape[0]
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+    def reset_adapter(self, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
+        """A fresh trainable adapter: A random, B zero. Drawn on the processor: the same for every device."""
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
+        if not (math.isfinite(alpha) and alpha > 0):
+            raise ValueError(f"alpha must be positive, not {alpha!r}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), not {dropout!r}")
+        self.alpha, self.dropout = alpha, dropout
+        a = torch.empty(rank, self.in_features, dtype=self.frozen_A.dtype)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
+        self.lora_A = nn.Parameter(a.to(self.weight.device))  # (r, I)
+        self.lora_B = nn.Parameter(self.frozen_B.new_zeros(self.out_features, rank))  # (O, r)
+
+    def stacked(self) -> tuple[Tensor, Tensor]:
+        """Every adapter as one of scale 1, detached: (R + r, I) and (O, R + r)."""
+        a = torch.cat((self.frozen_A, self.lora_A.detach()))
+        return a, torch.cat((self.frozen_B, self.lora_B.detach() * self.scale), dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        low_rank: Callable[[Tensor, Tensor, Tensor], Tensor] = _LowRank.apply
+        result = F.linear(x, self.weight, self.bias)
+        total = result
+        # Two products rather than one over concatenated factors: a fresh adapter then adds exact zeros, so that policy
+        # and reference agree to the last bit at the first step.
+        if self.frozen_A.shape[0]:
+            total = total + low_rank(x, self.frozen_A, self.frozen_B)
+        if self.adapter_enabled:
+            if self.dropout and self.training:
+                x = F.dropout(x.to(self.lora_A.dtype), self.dropout)
+            total = total + low_rank(x, self.lora_A, self.lora_B * self.scale)
+        return total.to(result.dtype)
+
+    def extra_repr(self) -> str:
+        adapter = f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, frozen_rank={self.frozen_A.shape[0]}"
+        return f"{super().extra_repr()}, {adapter}"
+
+
+def _layers(model: nn.Module, kind: type[L]) -> dict[str, L]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def _adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    if not (layers := _layers(model, LoRALinear)):
+        raise ValueError("the model has no adapters: call inject_lora or load_adapter first")
+    return layers
+
+
+def _is_head(name: str) -> bool:
+    return name == "lm_head" or name.endswith(".lm_head")
+
+
+def _matches(name: str, targets: Collection[str]) -> bool:
+    return any(name == target or name.endswith("." + target) for target in targets)
+
+
+def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Linear]) -> None:
+    """Put each replacement wherever its key is registered, also where one module is registered twice."""
+    if model in replacements:
+        raise ValueError("the model is itself a linear layer and cannot be replaced in place: wrap it in a module")
+    for parent in list(model.modules()):
+        for key, child in list(parent._modules.items()):
+            if child in replacements:
+                parent._modules[key] = replacements[child]
+
+
+def inject_lora(
+    model: nn.Module,
+    rank: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    targets: Collection[str] | None = None,
+    *,
+    seed: int = 0,
+) -> list[str]:
+    """Adapt every ``nn.Linear`` of the model but the output head ``lm_head`` in place; freeze all else.
+
+    ``targets`` narrows this to names or endings of names, e.g. ``["q_proj", "layers.0.mlp.up_proj"]``. The model
+    computes what it did before, as B is zero; A is drawn from ``seed`` and the global generator is left alone. Returns
+    the full names of the adapted layers in module order.
+
+    Raises ValueError for a model that has adapters already or no linear layer, for a target that matches none, for the
+    output head as a target (its weight is read directly where log-probabilities are computed), for a layer of a
+    subclass of ``nn.Linear``, whose forward may differ, and for a rank, alpha or dropout out of range.
+    """
+    names = [targets] if isinstance(targets, str) else targets
+    linears = _layers(model, nn.Linear)
+    for target in names or ():
+        if not any(_matches(name, [target]) for name in linears):
+            raise ValueError(f"target {target!r} matches no linear layer of the model")
+    chosen = [name for name in linears if (not _is_head(name) if names is None else _matches(name, names))]
+    return _inject(model, chosen, rank, alpha, dropout, seed)
+
+
+def _inject(model: nn.Module, names: list[str], rank: int, alpha: float, dropout: float, seed: int) -> list[str]:
+    """Adapt the layers of exactly these names; the model is untouched where anything is refused."""
+    if _layers(model, LoRALinear):
+        raise ValueError("the model has adapters already: freeze_adapter stacks one more, merge_adapters folds them in")
+    if not names:
+        raise ValueError("there is no linear layer to adapt")
+    generator = torch.Generator().manual_seed(seed)
+    replacements: dict[nn.Module, nn.Linear] = {}
+    for name in names:
+        base = model.get_submodule(name)
+        if _is_head(name):
+            raise ValueError(f"{name} is the output head, whose weight is read directly: it cannot be adapted")
+        if type(base) is not nn.Linear:
+            raise ValueError(f"{name} is a {type(base).__name__}, not a plain nn.Linear: it cannot be adapted")
+        replacements[base] = LoRALinear(base, rank, alpha, dropout, generator=generator)
+    _swap(model, replacements)
+    model.requires_grad_(False)
+    for factor in lora_parameters(model):
+        factor.requires_grad_(True)
+    return names
+
+
+@contextmanager
+def disable_adapters(model: nn.Module) -> Iterator[None]:
+    """Switch the trainable adapters off while inside; the frozen stack stays on. This is the reference model.
+
+    May be nested; on leaving, also by an exception, each layer gets back the state it had. A backward pass through
+    checkpointed activations has to happen inside too, as it runs the forward pass again. Raises ValueError for a model
+    without adapters, whose "reference" would be the policy.
+    """
+    layers = list(_adapted_layers(model).values())
+    before = [layer.adapter_enabled for layer in layers]
+    try:
+        for layer in layers:
+            layer.adapter_enabled = False
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.adapter_enabled = enabled
+
+
+def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable A and B of every adapted layer, in module order; the frozen stack is not among them."""
+    return [factor for layer in _layers(model, LoRALinear).values() for factor in (layer.lora_A, layer.lora_B)]
+
+
+def freeze_adapter(
+    model: nn.Module,
+    *,
+    rank: int | None = None,
+    alpha: float | None = None,
+    dropout: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Move the trainable adapter onto the frozen stack and start a fresh one, which computes nothing yet.
+
+    What is not given stays as it was. The fresh A is drawn from ``seed`` and the height of the stack, so it differs
+    from the one before. Its parameters are new objects: make the optimiser afterwards. Raises ValueError for a model
+    without adapters and for settings out of range.
+    """
+    layers = list(_adapted_layers(model).values())
+    generator = torch.Generator().manual_seed(seed + layers[0].frozen_A.shape[0] + layers[0].rank)
+    for layer in layers:
+        frozen_a, frozen_b = layer.stacked()
+        layer.reset_adapter(
+            layer.rank if rank is None else rank,
+            layer.alpha if alpha is None else alpha,
+            layer.dropout if dropout is None else dropout,
+            generator,
+        )
+        layer.frozen_A, layer.frozen_B = frozen_a, frozen_b
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> float:
+    """Fold every adapter, frozen and trainable, into the weights and turn the layers back into plain ``nn.Linear``.
+
+    The sum is computed in float32 and rounded once to the base's dtype. Returns the largest relative loss of that
+    rounding over the layers, ``norm(stored - exact) / norm(update)``: 0 in float32, and near 1 where a bfloat16 weight
+    swallowed the update. For export; a model without adapters is left as it is (0.0). A weight that was tied to another
+    module is tied no longer. Merged weights stay frozen.
+    """
+    worst = 0.0
+    replacements: dict[nn.Module, nn.Linear] = {}
+    for layer in _layers(model, LoRALinear).values():
+        a, b = layer.stacked()
+        update = b @ a
+        exact = layer.weight + update
+        stored = exact.to(layer.weight.dtype)
+        size = update.norm().item()
+        worst = max(worst, (stored - exact).norm().item() / size if size else 0.0)
+        replacements[layer] = _plain(layer, nn.Parameter(stored, requires_grad=False))
+    _swap(model, replacements)
+    return worst
+
+
+def remove_adapters(model: nn.Module) -> None:
+    """Drop every adapter, frozen and trainable, and with them what was learnt: the bare base model, still frozen."""
+    _swap(model, {layer: _plain(layer, layer.weight) for layer in _layers(model, LoRALinear).values()})
+
+
+def _plain(layer: LoRALinear, weight: nn.Parameter) -> nn.Linear:
+    # On meta, so that nothing is allocated or drawn for a weight that is replaced at once.
+    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    linear.weight, linear.bias = weight, layer.bias
+    return linear.train(layer.training)
+
+
+def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "") -> None:
+    """Write all adapters as one, of rank R + r, in PEFT's format; ``base_model`` is the name or path of the base.
+
+    A stack is written frozen part first with its scales folded in (alpha = rank), so that nothing is rounded; a lone
+    adapter keeps its alpha. Each file is written under a temporary name and renamed, the configuration last.
+
+    Raises ValueError for a model without adapters, or with layers that differ in rank, alpha or dropout.
+    """
+    from safetensors.torch import save_file
+
+    layers = _adapted_layers(model)
+    settings = {(layer.frozen_A.shape[0], layer.rank, layer.alpha, layer.dropout) for layer in layers.values()}
+    if len(settings) > 1:
+        raise ValueError(f"layers differ in (frozen rank, rank, alpha, dropout): {sorted(settings)}; a file holds one")
+    frozen_rank, rank, alpha, dropout = settings.pop()
+    tensors = {}
+    for name, layer in layers.items():
+        factors = layer.stacked() if frozen_rank else (layer.lora_A.detach(), layer.lora_B.detach())
+        for key, factor in zip(_keys(name), factors, strict=True):
+            tensors[key] = factor.cpu().contiguous()
+    config = {
+        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model or None, "bias": "none",
+        "r": frozen_rank + rank, "lora_alpha": frozen_rank + rank if frozen_rank else alpha, "lora_dropout": dropout,
+        "target_modules": list(layers), "inference_mode": True,
+    }  # fmt: skip
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    _write(Path(folder) / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    _write(Path(folder) / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+
+
+def _keys(name: str) -> tuple[str, str]:
+    return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
+    """Adapt exactly the layers that an adapter folder in PEFT's format names; the adapter is then the trainable one.
+
+    ``freeze_adapter`` afterwards makes it part of the reference. Returns the names of the layers. Nothing is changed
+    unless everything fits.
+
+    Raises ValueError for a model that has adapters, for a configuration that needs more than plain LoRA with one rank
+    (the entry is named), and for a tensor that is missing, unexpected or of the wrong shape.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(folder) / WEIGHTS_FILE
+    config = _read_config(path.with_name(CONFIG_FILE))
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    names = _check_tensors(model, tensors, config, path)
+    rank = config["r"]
+    alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)  # rank-stabilised: s = alpha/√r
+    _inject(model, names, rank, alpha, config.get("lora_dropout") or 0.0, seed=0)
+    for name, layer in _layers(model, LoRALinear).items():
+        for factor, key in zip((layer.lora_A, layer.lora_B), _keys(name), strict=True):
+            factor.data.copy_(tensors[key])
+    return names
+
+
+def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -> list[str]:
+    """The layers to adapt, in module order, once every tensor is known to be there and to fit."""
+    linears, rank = _layers(model, nn.Linear), config["r"]
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, layer in linears.items():
+        a_key, b_key = _keys(name)
+        if a_key in tensors or b_key in tensors or _is_expected(name, config, linears):
+            shapes[a_key], shapes[b_key] = (rank, layer.in_features), (layer.out_features, rank)
+    for key in sorted(tensors.keys() | shapes.keys()):
+        if key not in shapes:
+            raise ValueError(f"{path}: {key} belongs to no linear layer of the model")
+        if key not in tensors:
+            raise ValueError(f"{path}: {key} is missing")
+        if tensors[key].shape != shapes[key]:
+            raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, not {shapes[key]}")
+    return [name for name in linears if _keys(name)[0] in shapes]
+
+
+def _is_expected(name: str, config: dict[str, Any], linears: Collection[str]) -> bool:
+    """Whether the configuration says that this layer is adapted; where it narrows its targets, the tensors decide."""
+    targets = config.get("target_modules")
+    if not targets or config.get("exclude_modules") or config.get("layers_to_transform") is not None:
+        return False
+    if isinstance(targets, str):
+        return not _is_head(name) if targets == "all-linear" else re.fullmatch(targets, name) is not None
+    return _matches(name, [target for target in targets if target == name or target not in linears])
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{path} does not describe a LoRA adapter (peft_type)")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), (int, float)) or not config[key] > 0:
+            raise ValueError(f"{path}: {key} must be a positive number, not {config.get(key)!r}")
+    refused = {key: value for key, value in config.items() if value and key not in _UNDERSTOOD}
+    for key, plain in (("bias", ("none",)), ("init_lora_weights", _PLAIN_INITS)):
+        if key in config and config[key] not in plain:
+            refused[key] = config[key]
+    if refused:
+        raise ValueError(f"{path}: not supported: " + ", ".join(f"{key} = {value!r}" for key, value in refused.items()))
+    return config

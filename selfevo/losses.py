@@ -1,0 +1,242 @@
+"""Sequence log-probabilities and the preference losses built on them.
+
+Notation: B sequences, T tokens of a sequence, V vocabulary, D hidden size, N rows (reply tokens, or preference pairs),
+C rows of one chunk. Log-probabilities are natural logarithms, hence at most 0, and are computed in float32 whatever the
+dtype of the model: summed over 200 tokens in bfloat16 they would be spaced one nat apart. float64 stays float64.
+
+Equation numbers are those of Ye et al. 2025, "From Generic Empathy to Personalized Emotional Support".
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Float32 logits held at once by linear_logps. The processor gains nothing from more; an accelerator needs some hundreds
+# of rows in flight before reading the head stops being the bottleneck.
+_CPU_CHUNK_BYTES = 64 * 2**20
+_ACCELERATOR_CHUNK_BYTES = 256 * 2**20
+
+
+def _wide(x: Tensor) -> Tensor:
+    """float32, or float64 where it was already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _check_targets(targets: Tensor, vocab_size: int) -> None:
+    """Refuse token ids outside the vocabulary; on an accelerator the gather fails, as looking would be a sync."""
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise ValueError(f"token ids must be integers, not {targets.dtype}")
+    if targets.device.type == "cpu" and targets.numel():
+        low, high = (int(bound) for bound in targets.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"token ids must be in [0, {vocab_size}), found {low if low < 0 else high}")
+
+
+def sequence_logps(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Summed log-probability of each labelled sequence: (B, T, V), (B, T) -> (B,) float32.
+
+    ``logits[:, t]`` predict ``labels[:, t + 1]``; the shift happens here. Positions labelled ``ignore_index`` do not
+    count, and their logits get a zero gradient even where they are not finite. A sequence without labels sums to 0.
+
+    Raises ValueError for mismatched shapes and, on the processor, for labels outside the vocabulary.
+    """
+    if logits.dim() != 3 or labels.dim() != 2 or logits.shape[:2] != labels.shape:
+        raise ValueError(
+            f"expected logits (batch, seq, vocab) and labels (batch, seq), not {tuple(logits.shape)} "
+            f"and {tuple(labels.shape)}"
+        )
+    labels = labels[:, 1:]
+    kept = labels != ignore_index
+    targets = labels[kept]
+    _check_targets(targets, logits.shape[-1])
+    # Selecting first keeps prompts and padding out of the float32 copy.
+    token_logps = -F.cross_entropy(_wide(logits[:, :-1][kept]), targets.long(), reduction="none")
+    return token_logps.new_zeros(labels.shape).masked_scatter(kept, token_logps).sum(dim=1)
+
+
+def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size: int | None = None) -> Tensor:
+    """Log-probability of each target under a bias-free output head: (N, D), (V, D), (N,) -> (N,) float32.
+
+    Equals ``log_softmax((hidden @ weight.T).float())`` at the targets, but works through ``chunk_size`` rows at a time
+    (by default as many as fit a byte budget) and never holds (N, V). With a frozen head nothing is computed twice: the
+    gradient of each row is found along with its value, and the backward pass only scales it. A trainable head has its
+    logits recomputed in the backward pass. Differentiable once.
+
+    Raises ValueError for mismatched shapes, dtypes or devices and for targets outside the vocabulary; the last is seen
+    on the processor only, an accelerator reports it as a failed device assertion.
+    """
+    fits = hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
+    if not fits or targets.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"expected hidden (rows, size), weight (vocab, size) and targets (rows,), not {tuple(hidden.shape)}, "
+            f"{tuple(weight.shape)} and {tuple(targets.shape)}"
+        )
+    if hidden.dtype != weight.dtype or not hidden.is_floating_point():
+        raise ValueError(f"hidden and weight must share one floating dtype, not {hidden.dtype} and {weight.dtype}")
+    if not hidden.device == weight.device == targets.device:
+        raise ValueError(f"hidden, weight and targets are on {hidden.device}, {weight.device} and {targets.device}")
+    _check_targets(targets, weight.shape[0])
+    if chunk_size is None:
+        budget = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
+        chunk_size = max(1, budget // (4 * max(1, weight.shape[0])))
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
+    if not torch.is_grad_enabled():  # a Function is told what requires grad, not whether anyone will ask for it
+        hidden, weight = hidden.detach(), weight.detach()
+    logps: Tensor = _LinearLogps.apply(hidden, weight, targets.long(), chunk_size)  # type: ignore[no-untyped-call]
+    return logps
+
+
+class _ChunkBuffers:
+    """Logits of one chunk, in the head's dtype and in float32, allocated once for all chunks."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, chunk_size: int) -> None:
+        rows, vocab = min(chunk_size, hidden.shape[0]), weight.shape[0]
+        wide_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.narrow = hidden.new_empty(rows, vocab)
+        self.wide = self.narrow if hidden.dtype == wide_dtype else hidden.new_empty(rows, vocab, dtype=wide_dtype)
+
+    def exponentials(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(C, D), (V, D), (C, 1) -> e^(logit - max) (C, V) in the wide buffer, their sums and the log-probs (C, 1)."""
+        rows = hidden.shape[0]
+        narrow, wide = self.narrow[:rows], self.wide[:rows]
+        torch.mm(hidden, weight.t(), out=narrow)
+        if wide.dtype != narrow.dtype:
+            wide.copy_(narrow)
+        wide.sub_(wide.amax(dim=1, keepdim=True))
+        target_logits = wide.gather(1, targets)
+        sums = wide.exp_().sum(dim=1, keepdim=True)
+        return wide, sums, target_logits - sums.log()
+
+
+class _LinearLogps(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
+        ctx.chunk_size = chunk_size
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        buffers = _ChunkBuffers(hidden, weight, chunk_size)
+        logps = buffers.wide.new_empty(hidden.shape[0])
+        slopes = torch.empty_like(hidden) if needs_hidden else None  # d logp / d hidden of each row
+        for start in range(0, hidden.shape[0], chunk_size):
+            rows = slice(start, start + chunk_size)
+            columns = targets[rows, None]
+            exponentials, sums, chunk_logps = buffers.exponentials(hidden[rows], weight, columns)
+            logps[rows] = chunk_logps[:, 0]
+            if slopes is not None:
+                residuals = buffers.narrow[: len(columns)]  # onehot - softmax, rounded once to the head's dtype
+                torch.div(exponentials, sums.neg_(), out=residuals)
+                # 1 - p of the target comes from float32: rounded to bfloat16 first, p would be 1 from 0.998 on.
+                residuals.scatter_(1, columns, chunk_logps.expm1().neg_().to(residuals.dtype))
+                torch.mm(residuals, weight, out=slopes[rows])
+        ctx.save_for_backward(slopes, *((hidden, weight, targets) if needs_weight else ()))
+        return logps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        slopes, *inputs = ctx.saved_tensors
+        grad_hidden = None if slopes is None else (slopes * grad[:, None]).to(slopes.dtype)
+        grad_weight = _weight_gradient(grad, *inputs, chunk_size=ctx.chunk_size) if inputs else None
+        return grad_hidden, grad_weight, None, None
+
+
+def _weight_gradient(grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size: int) -> Tensor:
+    """Sum over rows of grad * (onehot - softmax) hidden^T: (V, D), accumulated in float32 over recomputed chunks."""
+    buffers = _ChunkBuffers(hidden, weight, chunk_size)
+    total = torch.zeros_like(weight, dtype=buffers.wide.dtype)
+    for start in range(0, hidden.shape[0], chunk_size):
+        rows = slice(start, start + chunk_size)
+        columns, scales = targets[rows, None], grad[rows, None]
+        residuals, sums, chunk_logps = buffers.exponentials(hidden[rows], weight, columns)
+        residuals.mul_(-scales / sums).scatter_(1, columns, -scales * chunk_logps.expm1())
+        total.addmm_(residuals.t(), hidden[rows].to(total.dtype))
+    return total.to(weight.dtype)
+
+
+class DPOSFTLoss(NamedTuple):
+    """What :func:`dpo_sft_loss` returns."""
+
+    loss: Tensor  # dpo + gamma * sft, scalar
+    dpo: Tensor  # scalar
+    sft: Tensor  # scalar, before gamma
+    chosen_rewards: Tensor  # (N,) beta * (policy - reference), detached
+    rejected_rewards: Tensor  # (N,) likewise
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """Direct preference optimisation (Eq. 6), four (N,) summed log-probabilities -> the mean over pairs, a scalar.
+
+    See :func:`dpo_sft_loss`, of which this is the part without supervision, for the equation and what is raised.
+    """
+    return dpo_sft_loss(
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta, gamma=0.0
+    ).dpo  # fmt: skip
+
+
+def dpo_sft_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    chosen_lengths: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    gamma: float = 1.0,
+) -> DPOSFTLoss:
+    """DPO plus supervision on the chosen replies (Eqs. 6 and 7), from four (N,) summed log-probabilities.
+
+        loss = mean(-log sigmoid(beta * (D_chosen - D_rejected))) + gamma * mean(sft),   D = policy - reference
+
+    Eq. 6 of the paper is misprinted; this is the loss its text and its toolkit mean. ``sft`` is ``-policy_chosen``,
+    Eq. 7 as printed, or ``-policy_chosen / chosen_lengths``, the mean over each reply's tokens, where the lengths (N,)
+    in tokens are given. Either way pairs are averaged last, so the loss does not depend on how they were batched.
+
+    Inputs are raised to float32 before any subtraction. The reference is a constant: no gradient flows into it.
+
+    Raises ValueError for arguments that are empty, not (N,) or of different shapes, lengths below 1, beta <= 0 and
+    gamma < 0.
+    """
+    named = {
+        "policy_chosen": policy_chosen,
+        "policy_rejected": policy_rejected,
+        "reference_chosen": reference_chosen,
+        "reference_rejected": reference_rejected,
+    }
+    if chosen_lengths is not None:
+        named["chosen_lengths"] = chosen_lengths
+    _check_pairs(named, beta, gamma)
+    chosen, rejected = _wide(policy_chosen), _wide(policy_rejected)
+    chosen_rewards = beta * (chosen - _wide(reference_chosen.detach()))
+    rejected_rewards = beta * (rejected - _wide(reference_rejected.detach()))
+    dpo = -F.logsigmoid(chosen_rewards - rejected_rewards).mean()
+    sft = -(chosen if chosen_lengths is None else chosen / chosen_lengths.to(chosen)).mean()
+    return DPOSFTLoss(dpo + gamma * sft, dpo, sft, chosen_rewards.detach(), rejected_rewards.detach())
+
+
+def _check_pairs(named: dict[str, Tensor], beta: float, gamma: float) -> None:
+    shape = named["policy_chosen"].shape
+    if len(shape) != 1 or shape[0] == 0:
+        raise ValueError(f"policy_chosen must have shape (pairs,) with at least one pair, not {tuple(shape)}")
+    for name, values in named.items():
+        if values.shape != shape:
+            raise ValueError(f"{name} must have the shape of policy_chosen, {tuple(shape)}, not {tuple(values.shape)}")
+    lengths = named.get("chosen_lengths")
+    if lengths is not None and not bool((lengths >= 1).all()):
+        raise ValueError("chosen_lengths must be at least 1: a reply has at least its stop id")
+    if not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"beta must be positive, not {beta}")
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise ValueError(f"gamma must not be negative, not {gamma}")

@@ -1,0 +1,79 @@
+"""What a chat format is: how messages become ids. The families' own formats live in their modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+Messages = Sequence[Mapping[str, str]]
+ROLES = ("system", "user", "assistant")
+
+
+class Codec(Protocol):
+    """What a chat format needs of a tokenizer."""
+
+    def encode(self, text: str) -> list[int]: ...
+    def special_id(self, token: str) -> int: ...
+
+
+class ChatFormat(Protocol):
+    """Turns messages into ids; built from a :class:`Codec` whose vocabulary has all the ``markers``."""
+
+    name: str
+    markers: tuple[str, ...]  # special tokens without which the format cannot be written
+    templates: frozenset[str]  # fingerprints of the published templates that this code reproduces
+
+    def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]: ...
+    def reply(self, codec: Codec, text: str) -> list[int]:
+        """Ids of an assistant's text as they follow a generation prompt, the id that ends the turn included."""
+        ...
+
+    def stop_ids(self, codec: Codec) -> tuple[int, ...]:
+        """Ids that end a turn; the first is the one that the format itself writes."""
+        ...
+
+
+class ChatError(ValueError):
+    """Messages that a chat format cannot express; the message says which one and why."""
+
+
+def check_messages(messages: Messages, *, format_name: str) -> None:
+    """Refuses an empty conversation, unknown roles, missing texts and a system message that is not the first."""
+    if not messages:
+        raise ChatError("a conversation needs at least one message")
+    for index, message in enumerate(messages):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ChatError(f"message {index}: the role {role!r} is not one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ChatError(f"message {index}: its content should be a string, not {type(content).__name__}")
+        if role == "system" and index:
+            raise ChatError(f"message {index}: the {format_name} format takes a system message only at the beginning")
+
+
+class PlainChat:
+    """For base models without a chat template: role names as words, each assistant turn closed by the stop token."""
+
+    name = "plain"
+    markers: tuple[str, ...] = ()
+    templates: frozenset[str] = frozenset()
+    labels: Mapping[str, str] = {"system": "", "user": "User: ", "assistant": "Assistant: "}
+
+    def __init__(self, bos: int | None, eos: int) -> None:
+        self.bos, self.eos = bos, eos
+
+    def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]:
+        check_messages(messages, format_name=self.name)
+        ids = [] if self.bos is None else [self.bos]
+        for message in messages:
+            if message["role"] == "assistant":
+                ids += codec.encode("Assistant:") + self.reply(codec, message["content"])
+            else:
+                ids += codec.encode(self.labels[message["role"]] + message["content"].strip() + "\n")
+        return ids + codec.encode("Assistant:") if add_generation_prompt else ids
+
+    def reply(self, codec: Codec, text: str) -> list[int]:
+        return [*codec.encode(" " + text.strip()), self.eos]
+
+    def stop_ids(self, codec: Codec) -> tuple[int, ...]:
+        return (self.eos,)

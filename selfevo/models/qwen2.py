@@ -1,0 +1,65 @@
+"""Qwen2: how its configuration maps onto the transformer, and its ChatML format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from selfevo.models.chat import Codec, Messages, check_messages
+from selfevo.models.config import ConfigReader, read_common, write_common
+from selfevo.models.transformer import ModelConfig
+
+
+def read_config(reader: ConfigReader) -> ModelConfig:
+    common = read_common(reader, default_kv_heads=32, max_positions=32768)
+    return ModelConfig(family="qwen2", windows=_windows(reader, common["num_layers"]), qkv_bias=True, **common)
+
+
+def _windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
+    """A window is in force only with ``use_sliding_window``, and then in the upper layers or where listed."""
+    in_use = reader.take("use_sliding_window", bool, False)
+    size = reader.take_window("sliding_window", absent=4096)
+    first = reader.take("max_window_layers", int, 28)
+    kinds = reader.take("layer_types", list, None)
+    if kinds is None:
+        kinds = ["sliding_attention" if in_use and layer >= first else "full_attention" for layer in range(num_layers)]
+    if len(kinds) != num_layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
+        raise reader.fail(f"'layer_types' should name full_attention or sliding_attention {num_layers} times: {kinds}")
+    return tuple(size if in_use and kind == "sliding_attention" else None for kind in kinds)
+
+
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    sizes = [window for window in config.windows if window is not None]
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "use_sliding_window": bool(sizes),
+        "sliding_window": sizes[0] if sizes else None,
+        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in config.windows],
+        **write_common(config),
+    }
+
+
+class Qwen2Chat:
+    """``<|im_start|>role``, a newline, the untouched content, ``<|im_end|>`` and a newline; no BOS."""
+
+    name = "qwen2"
+    markers = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    templates = frozenset({"793202280c0910ab26bc6eb57c8212c2417324c6d8c4efd0d10d59092ab3e3eb"})
+    default_system = "You are a helpful assistant."  # the published template writes it where none is given
+
+    def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]:
+        check_messages(messages, format_name=self.name)
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.default_system}, *messages]
+        start, end = codec.special_id("<|im_start|>"), codec.special_id("<|im_end|>")
+        newline = codec.encode("\n")
+        ids: list[int] = []
+        for message in messages:
+            ids += [start, *codec.encode(f"{message['role']}\n{message['content']}"), end, *newline]
+        return ids + [start, *codec.encode("assistant\n")] if add_generation_prompt else ids
+
+    def reply(self, codec: Codec, text: str) -> list[int]:
+        return [*codec.encode(text), codec.special_id("<|im_end|>")]
+
+    def stop_ids(self, codec: Codec) -> tuple[int, ...]:
+        return codec.special_id("<|im_end|>"), codec.special_id("<|endoftext|>")

@@ -1,0 +1,103 @@
+"""The prompts, in our own words, after the structure of Appendix E: reply, and reflect-and-refine.
+
+The reflection continues the very conversation that the reply was sampled from, so the two share their whole prefix:
+the model reads its own reply as its last turn and is then asked to think about the user, to judge and to rewrite.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Messages = Sequence[Mapping[str, str]]
+ReplyStyle = Literal["plain", "strategies"]
+REPLY_STYLES: tuple[str, ...] = get_args(ReplyStyle)
+
+STRATEGIES: dict[str, str] = {
+    "Question": "ask openly, to understand better",
+    "Restatement or Paraphrasing": "say back briefly what you heard",
+    "Reflection of feelings": "name the feeling you notice",
+    "Self-disclosure": "share something similar of your own",
+    "Affirmation and Reassurance": "point to strengths, encourage",
+    "Providing Suggestions": "offer a small step, leave the choice open",
+    "Information": "give a useful fact",
+    "Others": "greet, thank, say goodbye",
+}
+
+_PLAIN = "You are a warm and attentive emotional supporter. Answer the person in one or two short, natural sentences."
+_WITH_STRATEGIES = (
+    _PLAIN
+    + " Choose what helps now: "
+    + "; ".join(f"{name} ({meaning})" for name, meaning in STRATEGIES.items())
+    + "."
+)
+ASPECTS = ("profile", "emotion", "personality", "intention")
+
+_REFLECTION = """Pause the conversation and look at your last reply.
+Step 1: understand the user from what they said: profile (facts about their life), emotion, personality, intention.
+Step 2: score your last reply from 1 (generic) to 5 (made for this user) and say what it lacks.
+Step 3: rewrite it so that it fits this user: short, natural, with a suitable strategy.
+Answer with one JSON object only:
+{"understanding": {"profile": "", "emotion": "", "personality": "", "intention": ""}, "score": 0, "feedback": "", \
+"refined_response": ""}"""
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """What the model wrote about its own reply; ``score`` is None where it gave none between 1 and 5."""
+
+    understanding: dict[str, str]
+    score: int | None
+    feedback: str
+    refined: str
+
+
+def reply_prompt(context: Messages, style: str = "strategies") -> list[dict[str, str]]:
+    """The conversation to answer, ending with the user, under our system prompt (which replaces another one)."""
+    if style not in REPLY_STYLES:
+        raise ValueError(f"the reply style should be one of {', '.join(REPLY_STYLES)}, not {style!r}")
+    system = _PLAIN if style == "plain" else _WITH_STRATEGIES
+    spoken = [dict(message) for message in context if message["role"] != "system"]
+    return [{"role": "system", "content": system}, *spoken]
+
+
+def reflection_prompt(prompt: Messages, reply: str) -> list[dict[str, str]]:
+    """The reply prompt continued by the model's own reply and by the request to reflect on it and to refine it."""
+    own = {"role": "assistant", "content": reply}
+    return [*(dict(message) for message in prompt), own, {"role": "user", "content": _REFLECTION}]
+
+
+def read_reflection(value: Mapping[str, Any]) -> Reflection | None:
+    """The reflection in a parsed JSON object, or None where it has no refined response to use."""
+    refined = value.get("refined_response")
+    if not isinstance(refined, str) or not refined.strip():
+        return None
+    understanding = value.get("understanding")
+    if not isinstance(understanding, Mapping):
+        understanding = {}
+    return Reflection(
+        understanding={aspect: _as_text(understanding.get(aspect, "")) for aspect in ASPECTS},
+        score=_as_score(value.get("score")),
+        feedback=_as_text(value.get("feedback", "")),
+        refined=refined.strip(),
+    )
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(_as_text(item) for item in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_as_text(item)}" for key, item in value.items())
+    return "" if value is None else str(value).strip()
+
+
+def _as_score(value: Any) -> int | None:
+    """Scores come as 3, 3.0, "3" or "3/5"."""
+    if isinstance(value, str):
+        value = value.strip().split("/")[0]
+    try:
+        score = float(value)
+    except (TypeError, ValueError):
+        return None
+    return int(score) if score in (1, 2, 3, 4, 5) else None

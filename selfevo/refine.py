@@ -1,0 +1,193 @@
+"""Preference pairs from self-reflection: reply (rejected), reflect and refine (chosen), then the paper's data rules.
+
+Section 3.3 and Appendix A: the JSON of a reflection is asked for up to three times, then the golden reply stands in;
+a refined reply more than twice as long as the rejected one gives way to the golden reply. Every rule counts its cases.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from selfevo.dialogue import Example, to_messages
+from selfevo.files import FileError, read_jsonl, write_json, write_jsonl
+from selfevo.generate import Sampling
+from selfevo.models.tokenizer import ChatTokenizer
+from selfevo.models.transformer import Transformer
+from selfevo.prompts import Reflection, read_reflection, reflection_prompt, reply_prompt
+from selfevo.replies import Reply, sample_replies
+from selfevo.salvage import json_object_end, salvage_json
+
+Messages = list[dict[str, str]]
+LENGTH_RATIO = 2.0  # a chosen reply longer than this many times the rejected one is replaced
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One preference pair; ``source`` says where the chosen reply comes from: "refined" or "golden"."""
+
+    id: str
+    dialogue: str
+    prompt: Messages
+    chosen: str
+    rejected: str
+    golden: str
+    source: str
+    reflection: dict[str, Any] | None = None
+
+    def as_record(self) -> dict[str, Any]:
+        """The conversational preference form that TRL and LLaMA-Factory load, with our own fields beside it."""
+        return {
+            "prompt": self.prompt,
+            "chosen": [{"role": "assistant", "content": self.chosen}],
+            "rejected": [{"role": "assistant", "content": self.rejected}],
+            "id": self.id,
+            "dialogue": self.dialogue,
+            "golden": self.golden,
+            "source": self.source,
+            "reflection": self.reflection,
+        }
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The pairs of a ``pairs.jsonl``."""
+    pairs = []
+    for index, record in enumerate(read_jsonl(path)):
+        try:
+            (chosen,), (rejected,) = record["chosen"], record["rejected"]
+            own = {name: record[name] for name in ("id", "dialogue", "prompt", "golden", "source", "reflection")}
+            pairs.append(Pair(chosen=chosen["content"], rejected=rejected["content"], **own))
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileError(f"{path}: record {index} is not a preference pair as written by this library: {error!r}")
+    return pairs
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    sampling: Sampling
+    max_new_tokens: int = 128
+    reflection_tokens: int = 384
+    tries: int = 3
+    style: str = "strategies"
+
+
+def make_pairs(
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    examples: Sequence[Example],
+    folder: Path,
+    settings: RefineSettings,
+) -> list[Pair]:
+    """Runs reply, reflect, refine and filter over the seed examples; everything is kept in ``folder`` as it comes.
+
+    Writes ``replies.jsonl``, ``reflections-1.jsonl`` .. ``-3.jsonl``, ``pairs.jsonl`` and, last, ``filter.json`` with
+    what each rule changed; a folder that has it is read back instead.
+    """
+    if (folder / "filter.json").is_file():
+        return read_pairs(folder / "pairs.jsonl")
+    counts: Counter[str] = Counter(examples=len(examples))
+    prompts = [reply_prompt(to_messages(example.context), settings.style) for example in examples]
+    replies = sample_replies(
+        model, tokenizer, prompts, folder / "replies.jsonl",
+        sampling=settings.sampling, max_new_tokens=settings.max_new_tokens, label="replies",
+    )  # fmt: skip
+    reflections = reflect(model, tokenizer, prompts, replies, folder, settings, counts)
+    pairs = filter_pairs(examples, prompts, replies, reflections, counts)
+    write_jsonl(folder / "pairs.jsonl", [pair.as_record() for pair in pairs])
+    write_json(folder / "filter.json", dict(sorted(counts.items())))
+    return pairs
+
+
+def reflect(
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[Messages],
+    replies: Sequence[Reply],
+    folder: Path,
+    settings: RefineSettings,
+    counts: Counter[str],
+) -> list[Reflection | None]:
+    """The model's reflection on each of its replies, or None where no try gave a usable one."""
+    found: list[Reflection | None] = [None] * len(prompts)
+    pending = [index for index, reply in enumerate(replies) if reply.text]
+    for attempt in range(1, settings.tries + 1):
+        if not pending:
+            break
+        texts = sample_replies(
+            model,
+            tokenizer,
+            [reflection_prompt(prompts[index], replies[index].text or "") for index in pending],
+            folder / f"reflections-{attempt}.jsonl",
+            sampling=replace(settings.sampling, seed=settings.sampling.seed + 7919 * attempt),
+            max_new_tokens=settings.reflection_tokens,
+            keep_last=3,
+            stop_when=lambda text: json_object_end(text) is not None,
+            label=f"reflections, try {attempt}",
+        )
+        again = []
+        for index, written in zip(pending, texts):
+            if written.text is None:
+                counts["reflection_prompt_too_long"] += 1
+                continue
+            if attempt == 1 and written.turns_dropped:
+                counts["reflection_context_cut"] += 1
+            found[index] = parse_reflection(written.text)
+            if found[index] is None:
+                counts[f"unusable_json_try_{attempt}"] += 1
+                again.append(index)
+        pending = again
+    return found
+
+
+def parse_reflection(text: str) -> Reflection | None:
+    """The reflection in a model's answer, mended where it can be; None where there is no whole refined reply."""
+    salvaged = salvage_json(text)
+    if salvaged is None or not isinstance(salvaged.value, Mapping):
+        return None
+    reflection = read_reflection(salvaged.value)
+    if reflection is None or (not salvaged.complete and reflection.refined[-1] not in ".!?…\"'”)"):
+        return None  # an object that was cut off may have been cut within the reply
+    return reflection
+
+
+def filter_pairs(
+    examples: Sequence[Example],
+    prompts: Sequence[Messages],
+    replies: Sequence[Reply],
+    reflections: Sequence[Reflection | None],
+    counts: Counter[str],
+) -> list[Pair]:
+    """Chosen and rejected replies after the data rules; ``counts`` says what each rule changed."""
+    pairs = []
+    for example, prompt, reply, reflection in zip(examples, prompts, replies, reflections):
+        golden = example.golden.text
+        if reply.text is None:
+            counts["reply_prompt_too_long_dropped"] += 1
+            continue
+        counts["reply_context_cut"] += bool(reply.turns_dropped)
+        counts["reply_cut_at_limit"] += reply.cut
+        if not reply.text:
+            counts["empty_reply_dropped"] += 1
+            continue
+        chosen, source = golden, "golden"
+        if reflection is None:
+            counts["golden_for_missing_reflection"] += 1
+        elif _words(reflection.refined) > LENGTH_RATIO * _words(reply.text):
+            counts["golden_for_too_long_refinement"] += 1
+        else:
+            chosen, source = reflection.refined, "refined"
+        if chosen.strip() == reply.text.strip():
+            counts["identical_dropped"] += 1
+            continue
+        counts[f"kept_{source}"] += 1
+        thoughts = None if reflection is None else asdict(reflection)
+        pairs.append(Pair(example.id, example.dialogue, prompt, chosen, reply.text, golden, source, thoughts))
+    counts["pairs"] = len(pairs)
+    return pairs
+
+
+def _words(text: str) -> int:
+    return len(text.split())

@@ -1,0 +1,110 @@
+"""The token trie: sequences that share prefixes, merged so that every distinct prefix is computed once.
+
+The nodes are laid out depth first in one packed row. A node's subtree is then a contiguous stretch of the row, so node j
+is an ancestor of node i exactly when ``j <= i < ends[j]``, and that is the whole attention mask. With each node's depth
+as its position, a causal model gives every node the hidden state that it would have in its own sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TokenTrie:
+    """N distinct prefixes of some sequences as one packed row.
+
+    ``tokens``, ``positions`` (depths) and ``ends`` (one past the last node of the subtree) are (N,) int64;
+    ``paths[s]`` gives the node of each token of the s-th sequence, in the order in which the sequences were given.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    ends: Tensor
+    paths: list[Ids]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def mask(self, device: torch.device | str = "cpu") -> Tensor | None:
+        """(N, N) boolean, True where the row's node may attend: itself and its ancestors. None where that is causal."""
+        if bool((self.ends == len(self)).all()):
+            return None  # a single chain
+        nodes = torch.arange(len(self), device=device)
+        before = nodes[None, :] <= nodes[:, None]
+        return before & (nodes[:, None] < self.ends.to(device)[None, :])
+
+
+def as_ids(sequence: Sequence[int]) -> Ids:
+    return np.asarray(sequence, dtype=np.int64)
+
+
+def sort_key(sequence: Ids) -> bytes:
+    """Bytes that compare as the sequences do: relatives become neighbours."""
+    return sequence.astype(">u4").tobytes()
+
+
+def shared_prefix(a: Ids, b: Ids) -> int:
+    """How many leading tokens two sequences have in common."""
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
+def build_trie(sequences: Sequence[Sequence[int]]) -> TokenTrie:
+    """Merges non-empty id sequences; equal ones share all their nodes. No Python work per token."""
+    arrays = [as_ids(sequence) for sequence in sequences]
+    if not arrays or any(len(array) == 0 for array in arrays):
+        raise ValueError("a token trie needs at least one sequence, and none of them empty")
+    order = sorted(range(len(arrays)), key=lambda index: sort_key(arrays[index]))
+    total = sum(map(len, arrays))
+    ends = np.empty(total, dtype=np.int64)
+    tokens, positions = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
+    paths: list[Ids] = [as_ids([])] * len(arrays)
+    previous, path, size = as_ids([]), as_ids([]), 0
+    for index in order:
+        array = arrays[index]
+        shared = shared_prefix(previous, array)
+        ends[path[shared:]] = size  # these branches are complete
+        new = slice(size, size + len(array) - shared)
+        tokens[new], positions[new] = array[shared:], np.arange(shared, len(array))
+        path = np.concatenate((path[:shared], np.arange(new.start, new.stop)))
+        previous, size = array, new.stop
+        paths[index] = path
+    ends[path] = size
+    row = (torch.from_numpy(values[:size].copy()) for values in (tokens, positions, ends))
+    return TokenTrie(*row, paths)
+
+
+def pack(items: Sequence[Sequence[Ids]], max_tokens: int) -> list[list[int]]:
+    """Splits items, each a few sequences that stay together, into packs of about ``max_tokens`` distinct tokens.
+
+    Items are taken in lexicographic order, so that relatives share a pack. Returns the items' indices, pack by pack;
+    an item that is larger than the budget has a pack of its own.
+    """
+    order = sorted(range(len(items)), key=lambda index: sort_key(items[index][0]))
+    packs: list[list[int]] = []
+    previous, room = as_ids([]), 0
+    for index in order:
+        own = _distinct(items[index])
+        cost = own - shared_prefix(previous, items[index][0])
+        if not packs or cost > room:
+            packs.append([])
+            cost, room = own, max_tokens
+        packs[-1].append(index)
+        previous, room = items[index][0], room - cost
+    return packs
+
+
+def _distinct(sequences: Sequence[Ids]) -> int:
+    """Distinct prefixes of one item's sequences, each compared with the first."""
+    first = sequences[0]
+    return len(first) + sum(len(other) - shared_prefix(first, other) for other in sequences[1:])
