@@ -131,8 +131,8 @@ def load_alpaca(path: StrPath, counts: Counter[str] | None = None) -> list[Instr
     instructions = []
     for record in _records(path):
         messages = _chat(record, counts)
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            _fail(record, "messages", "a question and the assistant's answer at the end", messages[-1:])
+        if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
+            _fail(record, "messages", "ending with the user's message and the assistant's", messages[-2:])
         if not messages[-1]["content"].strip():
             counts["blank_outputs_skipped"] += 1
         elif not messages[-2]["content"].strip():
@@ -159,8 +159,8 @@ def _load_sniffing(path: StrPath, counts: Counter[str] | None, forms: Sequence[s
             if keys <= record.value.keys():
                 return [read(each, counts) for each in records]
     known = "; ".join(f"{form} ({', '.join(sorted(_FORMS[form][0]))})" for form in forms)
-    found = ", ".join(map(str, records[0].value)) or "none"
-    raise FileError(f"{path}: the form of its records is not known, their keys are {found}; the known forms are {known}")
+    found = ", ".join(records[0].value) or "none"
+    raise FileError(f"{path}: its records have no known form, with the keys {found}; the known forms are {known}")
 
 
 def _records(path: StrPath) -> list[_Record]:
@@ -187,6 +187,8 @@ def _esconv_dialogue(record: _Record, counts: Counter[str]) -> Dialogue:
         strategies: tuple[str, ...] = ()
         if speaker == "supporter":
             annotation = turn.get("annotation")
+            if annotation is not None and not isinstance(annotation, dict):
+                _fail(record, f"{field}.annotation", "an object", annotation)
             label = turn["strategy"] if "strategy" in turn else (annotation or {}).get("strategy")
             strategies = _strategies(record, f"{field}.strategy", label, counts, strategy_name)
         turns.append(Turn(speaker, text, strategies))
@@ -207,7 +209,8 @@ def _extes_dialogue(record: _Record, counts: Counter[str]) -> Dialogue:
         if not isinstance(turn, dict):
             _fail(record, field, "an object", turn)
         turns.extend(_extes_turns(record, field, turn, counts))
-    counts["extra_keys_ignored"] += bool(record.value.keys() - {"scene", "description", key})
+    if record.value.keys() - {"scene", "description", key}:
+        counts["extra_keys_ignored"] += 1
     return Dialogue(
         id=record.id,
         turns=tuple(turns),
@@ -249,8 +252,10 @@ def _extes_turns(record: _Record, field: str, turn: Mapping[str, Any], counts: C
             label = _extes_label(turn, inner, counts)
             strategies = _strategies(record, f"{field}.AI Strategy", label, counts, _extes_strategy)
             turns.append(Turn("supporter", text, strategies))
-    counts["joint_turns_split"] += len(turns) == 2
-    counts["turns_without_speaker_dropped"] += not turns
+    if len(turns) == 2:
+        counts["joint_turns_split"] += 1
+    if not turns:
+        counts["turns_without_speaker_dropped"] += 1
     return turns
 
 
@@ -259,7 +264,8 @@ def _extes_label(turn: Mapping[str, Any], inner: Mapping[str, Any], counts: Coun
     for source in (turn, inner):
         for key, value in source.items():
             if key.strip().lower() in ("ai strategy", "strategy") and value is not None:
-                counts["strategy_keys_mended"] += source is turn and key != "AI Strategy"
+                if source is turn and key != "AI Strategy":
+                    counts["strategy_keys_mended"] += 1
                 return value
     return None
 
@@ -269,7 +275,8 @@ def _extes_strategy(name: str, counts: Counter[str]) -> str:
     if known is None:
         counts["strategies_unknown"] += 1
         return name
-    counts["strategies_renamed"] += known != name
+    if known != name:
+        counts["strategies_renamed"] += 1
     return known
 
 
@@ -302,7 +309,7 @@ def _chat(record: _Record, counts: Counter[str]) -> list[Message]:
         if not isinstance(message, dict):
             _fail(record, field, "an object", message)
         role = message.get("role", _MISSING)
-        if role not in _ROLE_SPEAKERS and not (role == "system" and index == 0):
+        if role not in ("user", "assistant") and not (role == "system" and index == 0):
             _fail(record, f"{field}.role", "user or assistant (system only at the start)", role)
         text = _text(record, f"{field}.content", message.get("content", _MISSING), counts)
         messages.append({"role": role, "content": text})
@@ -321,7 +328,8 @@ def _alpaca_chat(record: _Record, counts: Counter[str]) -> list[Message]:
             messages.append({"role": role, "content": _text(record, f"history[{index}]", text, counts)})
     question = _text(record, "instruction", value.get("instruction", _MISSING), counts)
     if value.get("input"):
-        question += "\n" + _text(record, "input", value["input"], counts)
+        parts = (question, _text(record, "input", value["input"], counts))
+        question = "\n".join(part for part in parts if part.strip())
     answer = _text(record, "output", value.get("output", _MISSING), counts)
     return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
@@ -347,15 +355,19 @@ def _text(record: _Record, field: str, value: Any, counts: Counter[str]) -> str:
     if not isinstance(value, str):
         _fail(record, field, "text", value)
     text = value.encode(errors="replace").decode()
-    counts["surrogates_replaced"] += text != value
+    if text != value:
+        counts["surrogates_replaced"] += 1
     return text
 
 
 def _note(record: _Record, field: str, counts: Counter[str]) -> str:
     """What the file says about a dialogue. It trains nothing, so a value that is no text is passed over."""
     value = record.value.get(field)
-    counts["notes_not_text_ignored"] += value is not None and not isinstance(value, str)
-    return value if isinstance(value, str) else ""
+    if isinstance(value, str):
+        return value
+    if value is not None:
+        counts["notes_not_text_ignored"] += 1
+    return ""
 
 
 def _strategies(
@@ -371,7 +383,7 @@ def _strategies(
 
 def _fail(record: _Record, field: str, expected: str, found: Any) -> NoReturn:
     if found is _MISSING:
-        state = f"is missing (the keys are {', '.join(map(str, record.value)) or 'none'})"
+        state = "is missing" if "[" in field else f"is missing (the keys are {', '.join(record.value) or 'none'})"
     else:
         state = f"is {_shown(found)}"
     raise FileError(f"{record.where}: {field} should be {expected}, but {state}; mend or remove this record")

@@ -113,7 +113,8 @@ def strategy_name(name: str, counts: Counter[str]) -> str:
     if known is None:
         counts["strategies_unknown"] += 1
         return name
-    counts["strategies_renamed"] += known != name
+    if known != name:
+        counts["strategies_renamed"] += 1
     return known
 
 
@@ -132,7 +133,8 @@ def clean_dialogue(dialogue: Dialogue, counts: Counter[str]) -> Dialogue:
         if not text:
             counts["blank_turns_dropped"] += 1
             continue
-        counts["whitespace_stripped"] += text != turn.text
+        if text != turn.text:
+            counts["whitespace_stripped"] += 1
         if not turns and turn.speaker == "supporter":
             counts["leading_supporter_dropped"] += 1
         elif turns and turns[-1].speaker == turn.speaker:
@@ -141,7 +143,8 @@ def clean_dialogue(dialogue: Dialogue, counts: Counter[str]) -> Dialogue:
             turns[-1] = Turn(turn.speaker, f"{turns[-1].text}\n{text}", strategies)
         else:
             turns.append(replace(turn, text=text))
-    counts["empty_dialogues"] += not turns
+    if not turns:
+        counts["empty_dialogues"] += 1
     return replace(dialogue, turns=tuple(turns))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 __all__ = [
     "FileError",
+    "StrPath",
     "read_json",
     "read_jsonl",
     "read_records",

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -282,16 +282,15 @@ def merge_adapters(model: nn.Module) -> float:
     module is tied no longer. Merged weights stay frozen.
     """
     worst = 0.0
-    replacements: dict[nn.Module, nn.Linear] = {}
-    for layer in _layers(model, LoRALinear).values():
+    for name in list(_layers(model, LoRALinear)):  # by name, so that each old weight is let go before the next is made
+        layer = cast(LoRALinear, model.get_submodule(name))
         a, b = layer.stacked()
         update = b @ a
         exact = layer.weight + update
         stored = exact.to(layer.weight.dtype)
         size = update.norm().item()
         worst = max(worst, (stored - exact).norm().item() / size if size else 0.0)
-        replacements[layer] = _plain(layer, nn.Parameter(stored, requires_grad=False))
-    _swap(model, replacements)
+        _swap(model, {layer: _plain(layer, nn.Parameter(stored, requires_grad=False))})
     return worst
 
 
@@ -300,7 +299,7 @@ def remove_adapters(model: nn.Module) -> None:
     _swap(model, {layer: _plain(layer, layer.weight) for layer in _layers(model, LoRALinear).values()})
 
 
-def _plain(layer: LoRALinear, weight: nn.Parameter) -> nn.Linear:
+def _plain(layer: LoRALinear, weight: Tensor) -> nn.Linear:
     # On meta, so that nothing is allocated or drawn for a weight that is replaced at once.
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     linear.weight, linear.bias = weight, layer.bias

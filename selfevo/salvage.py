@@ -106,7 +106,7 @@ def _find_object(text: str) -> tuple[Salvaged, int] | None:
             break
         if value is not None and empty is None:
             empty = Salvaged(value, True), reader.position
-        start = text.find("{", start + 1)
+        start = text.find("{", start + 1 if value is None else reader.position)
     return empty
 
 
@@ -124,6 +124,7 @@ class _Reader:
         """The object, or None if this brace begins none: a brace in prose is not followed by a key and a colon."""
         begin = self._skip(_SEPARATORS)
         if self._here() not in ("}", "") and self._key() is None:
+            self.complete = not self._cut_key_at(begin)
             return None
         self.position = begin
         return self._members()
@@ -217,11 +218,11 @@ class _Reader:
 
     def _key_end(self, begin: int) -> int | None:
         """Where the quote is that ends the key which begins here. A quote inside a key is forgiven in short ones."""
-        for quote in self._quotes(begin):
+        for count, quote in enumerate(self._quotes(begin)):
+            if count and (quote - begin > _MAX_ODD_KEY or _STRUCTURE.search(self.text, begin, quote)):
+                return None
             if _COLON.match(self.text, quote + 1):
                 return quote
-            if quote - begin > _MAX_ODD_KEY or _STRUCTURE.search(self.text, begin, quote):
-                return None
         return None
 
     def _key_at(self, index: int) -> bool:

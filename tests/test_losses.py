@@ -357,7 +357,7 @@ def closed_form(rows: list[Row], lengths: list[int] | None, beta: float, gamma: 
     return (dpo + gamma * sft) / len(rows)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(pairs, betas, gammas, st.booleans(), st.data())
 def test_the_loss_equals_its_closed_form(
     rows: list[Row], beta: float, gamma: float, per_token: bool, data: st.DataObject
@@ -436,14 +436,14 @@ def test_dpo_equals_trl_for_replies_of_any_length() -> None:
     torch.testing.assert_close(dpo_loss(*logp, beta=0.3), trl_loss(logp, lengths, 0.3, 0.0))
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(pairs, betas)
 def test_policy_equal_to_reference_gives_log_two(rows: list[Row], beta: float) -> None:
     chosen, rejected = columns(rows, torch.float32)[:2]
     assert dpo_loss(chosen, rejected, chosen, rejected, beta=beta).item() == pytest.approx(math.log(2), rel=1e-6)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(pairs, betas)
 def test_swapping_chosen_and_rejected_flips_the_margin(rows: list[Row], beta: float) -> None:
     """-log sigmoid(m) + log sigmoid(-m) = -m, pair by pair; and the rewards change places."""
@@ -454,21 +454,21 @@ def test_swapping_chosen_and_rejected_flips_the_margin(rows: list[Row], beta: fl
     assert torch.equal(one.chosen_rewards, other.rejected_rewards)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(pairs, st.floats(-100, 100), st.floats(-100, 100))
 def test_dpo_sees_only_ratios_to_the_reference(rows: list[Row], a: float, b: float) -> None:
     pc, pr, rc, rr = columns(rows)
     torch.testing.assert_close(dpo_loss(pc + a, pr + b, rc + a, rr + b), dpo_loss(pc, pr, rc, rr), rtol=1e-9, atol=1e-9)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(pairs, betas)
 def test_without_gamma_the_loss_is_dpo(rows: list[Row], beta: float) -> None:
     result = dpo_sft_loss(*columns(rows), beta=beta, gamma=0.0)
     assert result.loss == result.dpo == dpo_loss(*columns(rows), beta=beta)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(pairs, gammas, st.randoms(use_true_random=False))
 def test_the_order_of_pairs_does_not_matter(rows: list[Row], gamma: float, random: Any) -> None:
     order = list(range(len(rows)))
@@ -478,7 +478,7 @@ def test_the_order_of_pairs_does_not_matter(rows: list[Row], gamma: float, rando
     torch.testing.assert_close(shuffled.loss, dpo_sft_loss(*columns(rows), lengths, gamma=gamma).loss)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(pairs, pairs, st.booleans())
 def test_the_loss_does_not_depend_on_how_pairs_are_batched(
     first: list[Row], second: list[Row], per_token: bool
@@ -547,6 +547,8 @@ def test_half_precision_is_raised_before_it_is_subtracted() -> None:
     result = dpo_sft_loss(one, one, other, one)
     assert result.chosen_rewards.dtype == torch.float32
     assert result.chosen_rewards.item() == pytest.approx(-99.85, rel=1e-6)
+    both = torch.cat((one, other))
+    assert dpo_sft_loss(both, both, both, both).sft.item() == 500.75
 
 
 def test_every_argument_of_the_loss_matters() -> None:

@@ -1,10 +1,9 @@
-"""selfevo.metrics against nltk, sacreBLEU and rouge-score, against numbers worked out by hand, and by its properties."""
+"""selfevo.metrics against nltk, sacreBLEU and rouge-score, against numbers worked out by hand, and its properties."""
 
 import ast
 import functools
 import json
 import math
-import os
 import random
 import re
 import sys
@@ -26,7 +25,6 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 import selfevo.metrics
 from selfevo.metrics import bleu, distinct_n, mean_length, meteor, rouge_l, signature, tokenize_13a, tokenize_words
 
-ESCONV = Path(__file__).resolve().parents[2] / "shared" / "data" / "esconv_test.json"
 NLTK_SMOOTHING = {None: "method0", "epsilon": "method1", "add-k": "method2"}
 SACREBLEU_SMOOTHING = {None: "none", "exp": "exp"}
 LEVELS = ("corpus", "sentence")
@@ -60,11 +58,9 @@ def corpora(min_tokens: int = 0):
 
 
 @pytest.fixture(scope="module")
-def esconv() -> tuple[list[str], list[list[str]]]:
-    """600 real replies: some vary one of their references by a few words, the rest have references of other dialogues."""
-    if not ESCONV.exists():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no real text to compare on: {ESCONV} is absent")
-    dialogues = json.loads(ESCONV.read_text(encoding="utf-8"))
+def esconv(shared) -> tuple[list[str], list[list[str]]]:
+    """600 real replies: some vary one of their references a little, the others belong to other dialogues."""
+    dialogues = json.loads((shared / "data" / "esconv_test.json").read_text(encoding="utf-8"))
     utterances = [turn["content"] for dialogue in dialogues for turn in dialogue["dialog"]]
     random_ = random.Random(0)
     hypotheses, references = [], []
@@ -122,6 +118,13 @@ ODD_TEXT = st.one_of(
 @given(ODD_TEXT)
 def test_tokenize_13a_equals_sacrebleu_on_arbitrary_text(text):
     assert tokenize_13a(text) == Tokenizer13a()(text).split()
+
+
+@pytest.mark.parametrize("around", ["x{}y", "5{}5", "x{}5", "5{}x", "{0}{0}.5", "5.{0}{0}", "x {} y", "{}"])
+def test_tokenize_13a_equals_sacrebleu_on_every_character_in_context(around):
+    for code in [*range(0x250), *map(ord, "٣۴’“…—\u2028\u3000世😀")]:
+        text = around.format(chr(code))
+        assert tokenize_13a(text) == Tokenizer13a()(text).split(), repr(text)
 
 
 def test_tokenize_13a_equals_sacrebleu_on_real_text(esconv):
@@ -456,6 +459,8 @@ def test_meteor_equals_nltk_on_real_text(esconv):
         ("a b", ["a x b y"], {}, 100 * 2 / (0.9 * 4 + 0.1 * 2) * (1 - 0.5)),
         ("a x", ["q", "x y", "a x"], {}, 100 * (1 - 0.5 / 8)),
         ("the cat sat on the mat", ["on the mat sat the cat"], {}, 50),  # 6 chunks as matched, where 3 are possible
+        # of the places of all synonyms the last is taken, so that "x q" is one chunk
+        ("w q", ["x y x q"], {"synonyms": lambda word: ["x", "y"] if word == "w" else []}, 100 * 2 / 3.8 * 15 / 16),
         ("cats", ["cat"], {}, 0),
         ("cats", ["cat"], {"stem": lambda word: word.rstrip("s")}, 50),
         ("sad day", ["blue day"], {"synonyms": lambda word: {"sad": ["blue", "down"]}.get(word, [])}, 100 * 15 / 16),
@@ -606,6 +611,7 @@ def test_unusable_references_are_refused(name, references, message):
             "unknown level 'sentence'; choose one of 'corpus', 'utterance'",
         ),
         (lambda: rouge_l(["a"], ["a"], beta=-1), "beta must be a finite number of at least 0, not -1"),
+        (lambda: rouge_l(["a"], ["a"], beta=math.inf), "beta must be a finite number of at least 0, not inf"),
         (lambda: rouge_l(["a"], ["a"], beta=math.nan), "beta must be a finite number of at least 0, not nan"),
         (lambda: signature("bleu", maxn=2), "bleu has no setting 'maxn'; it has max_n, level"),
         (lambda: signature("distinct_n"), "the signature of distinct_n needs a value for 'n'"),

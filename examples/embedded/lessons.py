@@ -118,10 +118,14 @@ def encode_row(tokenizer: ChatTokenizer, row: Sequence[Example]) -> list[tuple[l
 
 def make_row(rng: Random, progress: float) -> list[Example]:
     """The row to learn from when a share ``progress`` of the training has passed: short dialogues come first."""
-    if rng.random() < 0.12:
+    if rng.random() < 0.1:
         return instruction_row(rng, 6)
-    if rng.random() < 0.15 + 0.85 * min(1.0, max(0.0, 2.5 * (progress - 0.1))):
-        dialogue = world.make_dialogue(rng, "train", personal=rng.choice((0.0, 0.3, 1.0)))
+    personal = rng.choice((0.0, 0.3, 1.0))
+    if rng.random() < min(1.0, max(0.0, 2.5 * (progress - 0.1))):
+        dialogue = world.make_dialogue(rng, "train", personal=personal)
         return dialogue_row(rng, dialogue, reflections=4, replies=2)
-    dialogue = world.make_dialogue(rng, "train", personal=rng.choice((0.0, 0.3, 1.0)), exchanges=rng.randint(1, 2))
-    return dialogue_row(rng, dialogue, reflections=2, replies=1)
+    row: list[Example] = []
+    for _ in range(2):
+        dialogue = world.make_dialogue(rng, "train", personal=personal, exchanges=rng.randint(1, 2))
+        row += dialogue_row(rng, dialogue, reflections=1, replies=rng.randrange(2))
+    return row

@@ -1,0 +1,107 @@
+"""Makes the embedded default: the dialogues in ``data/`` and the small backbone in ``backbone/``, from scratch.
+
+    python examples/embedded/make.py --out DIR [--steps N] [--seed S] [--data-only]
+
+MEASURED
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import lessons
+import torch
+import world
+from training import Settings, train
+from vocabulary import make_tokenizer
+
+from selfevo.models import Transformer, load_tokenizer, save_pretrained
+
+COUNTS = {"human": 200, "synthetic": 240, "test": 40, "replay": 300}
+HUMAN_PERSONAL = 0.25  # share of personal replies among the humans'
+
+
+def _records(name: str, seed: int, one: Callable[[Random], dict[str, Any]]) -> list[dict[str, Any]]:
+    return [one(Random(f"{seed}-{name}-{index}")) for index in range(COUNTS[name])]
+
+
+def make_data(seed: int) -> dict[str, list[dict[str, Any]]]:
+    """The records of the four files, by name."""
+
+    def human(split: str) -> Callable[[Random], dict[str, Any]]:
+        return lambda rng: world.as_esconv(world.make_dialogue(rng, split, personal=HUMAN_PERSONAL))
+
+    def synthetic(rng: Random) -> dict[str, Any]:
+        return world.as_extes(world.make_dialogue(rng, "synthetic", personal=1.0))
+
+    return {
+        "human": _records("human", seed, human("human")),
+        "synthetic": _records("synthetic", seed, synthetic),
+        "test": _records("test", seed, human("test")),
+        "replay": _records("replay", seed, lambda rng: lessons.instruction(rng, "human")),
+    }
+
+
+def write_data(folder: Path, seed: int) -> None:
+    """One record a line, so that the files can be read and compared."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, records in make_data(seed).items():
+        lines = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+        (folder / f"{name}.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
+def make_backbone(folder: Path, settings: Settings, checkpoint: Path) -> None:
+    """The tokenizer, then the model; the folder holds the newest state all along."""
+    make_tokenizer(folder, settings.seed)
+    tokenizer = load_tokenizer(folder)
+
+    def watch(model: Transformer, step: int) -> None:
+        save_pretrained(model, tokenizer, folder)
+        print(f"\nstep {step}: share of facts recalled, short and whole dialogues:", lessons_recall(model), file=sys.stderr)
+
+    def lessons_recall(model: Transformer) -> str:
+        return ", ".join(f"{recall(model, tokenizer, exchanges):.2f}" for exchanges in (2, None))
+
+    train(tokenizer, settings, checkpoint, watch=watch)
+
+
+@torch.no_grad()
+def recall(model: Transformer, tokenizer: Any, exchanges: int | None, dialogues: int = 10) -> float:
+    """The share of facts in reflections that the model would have written, each given the true text before it."""
+    from training import token_losses
+
+    values = {tokenizer.encode(f" {value}")[0] for values in world.w.FACTS.values() for value in values}
+    rng, right, total = Random("recall"), 0, 0
+    for _ in range(dialogues):
+        dialogue = world.make_dialogue(rng, "test", personal=0.3, exchanges=exchanges)
+        row = lessons.encode_row(tokenizer, lessons.dialogue_row(rng, dialogue, reflections=3, replies=0))
+        _, targets, guesses = token_losses(model, row)
+        for target, guess in zip(targets.tolist(), guesses.tolist()):
+            right += target in values and target == guess
+            total += target in values
+    return right / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", required=True, help="folder that gets data/ and backbone/")
+    parser.add_argument("--steps", type=int, default=Settings.steps, help="training steps of the backbone")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the dialogues and of the backbone")
+    parser.add_argument("--data-only", action="store_true", help="write data/ and stop")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # sums in another order would train another model
+    out = Path(arguments.out)
+    write_data(out / "data", arguments.seed)
+    if not arguments.data_only:
+        settings = Settings(steps=arguments.steps, seed=arguments.seed)
+        make_backbone(out / "backbone", settings, out / "checkpoint.pt")
+
+
+if __name__ == "__main__":
+    main()

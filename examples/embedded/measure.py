@@ -1,0 +1,127 @@
+"""How well a backbone does what the loop asks of it, on users that share no two facts with those it was trained on.
+
+    python examples/embedded/measure.py --backbone examples/embedded/backbone --dialogues 40
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from random import Random
+
+import torch
+import words as w
+import world
+from world import Dialogue
+
+from selfevo.generate import generate
+from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
+from selfevo.prompts import Reflection, reflection_prompt, reply_prompt
+from selfevo.refine import parse_reflection
+
+HERE = Path(__file__).parent
+GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}
+LOOP = {"temperature": 0.9, "top_p": 0.8, "top_k": 50, "repetition_penalty": 1.2}
+
+
+def held_out(count: int, seed: int = 1) -> list[tuple[Dialogue, int]]:
+    """Turns of new dialogues with users of the test split, greetings and farewells left out."""
+    rng = Random(f"{seed}-measure")
+    cases = []
+    for _ in range(count):
+        dialogue = world.make_dialogue(rng, "test", personal=rng.choice((0.3, 1.0)))
+        cases += [(dialogue, turn) for turn in range(1, len(dialogue.turns) - 1)]
+    return cases
+
+
+def measure(
+    model: Transformer, tokenizer: ChatTokenizer, cases: list[tuple[Dialogue, int]], *, style: str, greedy: bool
+) -> dict[str, float]:
+    """Plain replies, then reflections on them: rates between 0 and 1, and the mean number of words."""
+    settings = GREEDY if greedy else LOOP
+
+    def answer(prompts: list[list[dict[str, str]]], limit: int) -> list[str]:
+        ids = [tokenizer.encode_chat(prompt) for prompt in prompts]
+        replies = generate(model, ids, max_new_tokens=limit, stop_ids=tokenizer.stop_ids, progress="measuring", **settings)
+        return [tokenizer.decode(reply) for reply in replies]
+
+    prompts = [reply_prompt(dialogue.messages(turn), style) for dialogue, turn in cases]
+    replies = answer(prompts, 64)
+    thoughts = answer([reflection_prompt(prompt, reply) for prompt, reply in zip(prompts, replies)], 200)
+    counts: Counter[str] = Counter()
+    for (dialogue, turn), reply, thought in zip(cases, replies, thoughts):
+        personal = world.personalisation(reply, dialogue.messages(turn))
+        counts += Counter(
+            replies=1, words=len(reply.split()), personal=personal.used > 0, wrong=personal.wrong > 0,
+        )  # fmt: skip
+        counts += Counter(strict_json=_is_json(thought))
+        understood = parse_reflection(thought)
+        if understood is not None:
+            counts["parsed"] += 1
+            counts += _compare(understood, dialogue, turn)
+    return _rates(counts)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def _compare(understood: Reflection, dialogue: Dialogue, turn: int) -> Counter[str]:
+    """What a reflection has right about a user, in counts."""
+    known, facts = dialogue.known(turn), dialogue.facts(turn)
+    listed = {tuple(entry.split(": ", 1)) for entry in understood.understanding["profile"].split(", ")}
+    listed.discard((w.UNKNOWN,))
+    right = listed & set(facts.items())
+    counts = Counter(facts=len(facts), listed=len(listed), right=len(right))
+    for aspect in ("emotion", "personality", "intention"):
+        counts[aspect] += understood.understanding[aspect] == known.get(aspect, w.UNKNOWN)
+    refined = world.personalisation(understood.refined, dialogue.messages(turn))
+    counts["refined_words"] += len(understood.refined.split())
+    if facts:
+        counts += Counter(chances=1, refined_personal=refined.used > 0)
+    counts["refined_wrong"] += refined.wrong > 0
+    return counts
+
+
+def _rates(counts: Counter[str]) -> dict[str, float]:
+    over = {
+        "plain: words": ("words", "replies"), "plain: personal": ("personal", "replies"),
+        "plain: wrong person": ("wrong", "replies"), "reflection: strict JSON": ("strict_json", "replies"),
+        "reflection: usable": ("parsed", "replies"), "facts: told and found": ("right", "facts"),
+        "facts: found and true": ("right", "listed"), "emotion": ("emotion", "parsed"),
+        "personality": ("personality", "parsed"), "intention": ("intention", "parsed"),
+        "refined: words": ("refined_words", "parsed"), "refined: uses a fact": ("refined_personal", "chances"),
+        "refined: wrong person": ("refined_wrong", "parsed"),
+    }  # fmt: skip
+    rates = {name: counts[part] / max(1, counts[whole]) for name, (part, whole) in over.items()}
+    return {name: round(rate, 3) for name, rate in rates.items()} | {"turns": counts["replies"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default=str(HERE / "backbone"), help="folder in Hugging Face layout")
+    parser.add_argument("--dialogues", type=int, default=40, help="held-out dialogues")
+    parser.add_argument("--out", help="also write the rates to this JSON file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = load_model(arguments.backbone), load_tokenizer(arguments.backbone)
+    cases = held_out(arguments.dialogues)
+    table = {
+        "greedy, strategies": measure(model, tokenizer, cases, style="strategies", greedy=True),
+        "sampled as in the loop, strategies": measure(model, tokenizer, cases, style="strategies", greedy=False),
+        "sampled as in the loop, plain": measure(model, tokenizer, cases, style="plain", greedy=False),
+    }
+    for name in next(iter(table.values())):
+        print(f"{name:26}", *(f"{column[name]:8}" for column in table.values()))
+    print("columns:", "; ".join(table))
+    if arguments.out:
+        Path(arguments.out).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

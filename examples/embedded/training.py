@@ -1,0 +1,196 @@
+"""Trains the backbone from scratch: an initialisation that favours recall, two optimisers, rows of short dialogues first.
+
+A small model learns last what a reflection needs most: to look a fact up and to repeat it. Two things help it there.
+Each attention layer starts near "attend to what is alike, pass it on unchanged", and the first rows are short.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import lessons
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from selfevo.models import ChatTokenizer, ModelConfig, Transformer
+from selfevo.trie import build_trie
+
+HEAD_SIZE = 32
+Row = list[tuple[list[int], list[int]]]  # prompt ids, answer ids
+
+
+@dataclass(frozen=True)
+class Settings:
+    steps: int = 6000
+    rows: int = 4
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    layers: int = 4
+    learning_rate: float = 3e-3  # of Adam, for the embedding and the norms
+    matrix_rate: float = 0.02  # of Muon, for the matrices
+    warmup: int = 50
+    decay: float = 0.6  # share of the steps over which the rates fall
+    seed: int = 0
+
+
+def make_model(vocab_size: int, settings: Settings) -> Transformer:
+    """A Llama with a shared embedding, freshly initialised."""
+    torch.manual_seed(settings.seed)
+    heads = settings.hidden_size // HEAD_SIZE
+    config = ModelConfig(
+        family="llama", vocab_size=vocab_size, hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size, num_layers=settings.layers, num_heads=heads, num_kv_heads=heads,
+        head_dim=HEAD_SIZE, norm_eps=1e-5, rope_theta=10000.0, max_positions=1024,
+        windows=(None,) * settings.layers, tied=True,
+    )  # fmt: skip
+    model = Transformer(config)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.05)
+    for block in model.model.layers:
+        _favour_recall(block.self_attn)
+        for linear in (block.mlp.gate_proj, block.mlp.up_proj):
+            torch.nn.init.normal_(linear.weight, std=0.6 / math.sqrt(settings.hidden_size))
+        scale = 0.6 / math.sqrt(settings.intermediate_size * 2 * settings.layers)
+        torch.nn.init.normal_(block.mlp.down_proj.weight, std=scale)
+    return model
+
+
+@torch.no_grad()
+def _favour_recall(attention: torch.nn.Module, gain: float = 0.7) -> None:
+    """Queries like keys, and output times value near the identity (after Trockman and Kolter 2023)."""
+    size = attention.q_proj.weight.shape[1]
+    alike, passed = (torch.linalg.qr(torch.randn(size, size))[0] * gain for _ in range(2))
+    attention.q_proj.weight.copy_(alike)
+    attention.k_proj.weight.copy_(alike)
+    attention.v_proj.weight.copy_(passed)
+    attention.o_proj.weight.copy_(passed.T)
+
+
+def token_losses(model: Transformer, row: Row) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses, targets and best guesses of all answer tokens of a row, whose shared contexts are computed once."""
+    trie = build_trie([prompt + answer[:-1] for prompt, answer in row])
+    nodes = np.concatenate([path[len(prompt) - 1 :] for path, (prompt, _) in zip(trie.paths, row)])
+    targets = torch.tensor([token for _, answer in row for token in answer])
+    hidden = model.hidden_states(trie.tokens[None], trie.positions[None], trie.mask())[0]
+    logits = model.lm_head(hidden[torch.from_numpy(nodes)])
+    return F.cross_entropy(logits, targets, reduction="none"), targets, logits.detach().argmax(dim=1)
+
+
+class Muon:
+    """Momentum whose update is made orthogonal by Newton-Schulz iterations (Jordan et al. 2024), for matrices."""
+
+    def __init__(self, matrices: Iterable[Tensor], momentum: float = 0.95) -> None:
+        self.matrices, self.momentum = list(matrices), momentum
+        self.buffers = [torch.zeros_like(matrix) for matrix in self.matrices]
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        for matrix, buffer in zip(self.matrices, self.buffers):
+            assert matrix.grad is not None
+            buffer.lerp_(matrix.grad, 1 - self.momentum)
+            update = orthogonal(matrix.grad.lerp(buffer, self.momentum))
+            matrix.sub_(update, alpha=rate * max(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5)
+            matrix.grad = None
+
+
+def orthogonal(matrix: Tensor, iterations: int = 5) -> Tensor:
+    """A matrix with the same singular vectors and singular values near 1, by a quintic Newton-Schulz iteration."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(iterations):
+        square = x @ x.T
+        x = a * x + (b * square + c * square @ square) @ x
+    return x.T if tall else x
+
+
+def schedule(step: int, settings: Settings) -> float:
+    """The share of the full rates at a step: a linear rise, a plateau, a linear fall."""
+    rise = min(1.0, (step + 1) / settings.warmup)
+    return rise * min(1.0, max(0.01, (settings.steps - step) / (settings.decay * settings.steps)))
+
+
+def train(
+    tokenizer: ChatTokenizer,
+    settings: Settings,
+    checkpoint: Path,
+    *,
+    every: int = 250,
+    watch: Callable[[Transformer, int], None] | None = None,
+) -> Transformer:
+    """The trained model. The state is kept in ``checkpoint`` every so often, and training continues from there.
+
+    The rows of a step depend on the seed and the step alone, so a continued training ends with the same weights.
+    """
+    model = make_model(tokenizer.vocab_size, settings)
+    embedding = model.model.embed_tokens.weight
+    muon = Muon(p for p in model.parameters() if p.dim() == 2 and p is not embedding)
+    adam = torch.optim.AdamW(
+        [embedding, *(p for p in model.parameters() if p.dim() == 1)],
+        lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0,
+    )  # fmt: skip
+    first = _resume(checkpoint, model, muon, adam, settings)
+    mean = 0.0
+    with tqdm(total=settings.steps, initial=first, desc="training", unit="step") as bar:
+        for step in range(first, settings.steps):
+            share = schedule(step, settings)
+            adam.param_groups[0]["lr"] = share * settings.learning_rate
+            loss = _backward(model, tokenizer, step, settings)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            muon.step(share * settings.matrix_rate)
+            adam.step()
+            adam.zero_grad(set_to_none=True)
+            mean = loss if step == first else 0.98 * mean + 0.02 * loss
+            bar.update()
+            bar.set_postfix(loss=f"{mean:.3f}", refresh=False)
+            if (step + 1) % every == 0 or step + 1 == settings.steps:
+                _save(checkpoint, step + 1, model, muon, adam, settings)
+                if watch is not None:
+                    watch(model, step + 1)
+    return model.eval()
+
+
+def _backward(model: Transformer, tokenizer: ChatTokenizer, step: int, settings: Settings) -> float:
+    """Adds up the gradient of the mean loss over all answer tokens of a step; returns that loss."""
+    rng = Random(f"{settings.seed}-train-{step}")
+    rows = [lessons.encode_row(tokenizer, lessons.make_row(rng, step / settings.steps)) for _ in range(settings.rows)]
+    tokens = sum(len(answer) for row in rows for _, answer in row)
+    total = 0.0
+    for row in rows:
+        loss = token_losses(model, row)[0].sum() / tokens
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _save(
+    path: Path, step: int, model: Transformer, muon: Muon, adam: torch.optim.Optimizer, settings: Settings
+) -> None:
+    state = {
+        "step": step, "settings": vars(settings), "model": model.state_dict(), "muon": muon.buffers,
+        "adam": adam.state_dict(),
+    }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def _resume(path: Path, model: Transformer, muon: Muon, adam: torch.optim.Optimizer, settings: Settings) -> int:
+    """The step to go on with."""
+    if not path.is_file():
+        return 0
+    state = torch.load(path, weights_only=True)
+    if state["settings"] != vars(settings):
+        raise ValueError(f"{path}: is of a training with other settings; remove it or choose another folder")
+    model.load_state_dict(state["model"])
+    muon.buffers = state["muon"]
+    adam.load_state_dict(state["adam"])
+    return int(state["step"])

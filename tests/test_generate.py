@@ -1,0 +1,199 @@
+"""The decoder: transformers is the oracle for the greedy path and for the sampling distribution."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.generation import logits_process as processors
+
+from selfevo.generate import Sampling, generate
+from selfevo.models import load_model
+from selfevo.sampling import candidates, draw, penalise, uniform_noise
+from selfevo.scoring import response_logps
+
+PROMPTS = [[3, 1, 4, 1, 5], [3, 1, 4], [9, 2, 6, 5, 3, 5, 8, 9, 7, 9], [3, 1, 4, 1, 5], [2], [3, 1, 9, 9]]
+
+
+@pytest.fixture(scope="module")
+def peers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """Random checkpoints with and without a sliding window, and the transformers models that wrote them."""
+    sizes = {
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "eos_token_id": 7,
+    }  # fmt: skip
+    made = {}
+    for name, window in (("full", None), ("window", 6)):
+        torch.manual_seed(4)
+        peer = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, sliding_window=window)).eval()
+        for parameter in peer.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, std=0.3)
+        folder = tmp_path_factory.mktemp(name)
+        peer.save_pretrained(folder)
+        made[name] = (folder, peer)
+    return made
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.3, 0.8])
+@pytest.mark.parametrize("name", ["full", "window"])
+def test_greedy_replies_equal_those_of_transformers(peers: dict[str, Any], name: str, penalty: float) -> None:
+    folder, peer = peers[name]
+    ours = generate(
+        load_model(folder), PROMPTS, max_new_tokens=24, stop_ids=[7], temperature=0, repetition_penalty=penalty
+    )
+    for prompt, reply in zip(PROMPTS, ours):
+        full = peer.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.int64), do_sample=False,
+            max_new_tokens=24, repetition_penalty=penalty, pad_token_id=0,
+        )[0].tolist()  # fmt: skip
+        theirs = full[len(prompt) :]
+        assert reply == (theirs[: theirs.index(7)] if 7 in theirs else theirs)
+    assert any(len(reply) < 24 for reply in ours) or penalty < 1  # some replies do stop
+
+
+def test_greedy_path_of_the_real_checkpoint(shared: Path) -> None:
+    reference = json.loads((shared / "reference" / "story_greedy.json").read_text())
+    model = load_model(shared / "models" / "story")
+    options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 0, "repetition_penalty": 1.0}
+    assert generate(model, [reference["prompt_ids"]], **options) == [reference["greedy_ids"]]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), temperature=st.sampled_from([0.3, 0.9, 1.0, 2.0]),
+    top_k=st.sampled_from([0, 1, 3, 10, 50]), top_p=st.sampled_from([0.1, 0.5, 0.8, 0.95, 1.0]),
+    penalty=st.sampled_from([1.0, 1.2, 3.0]), ties=st.booleans(),
+)  # fmt: skip
+def test_the_sampling_distribution_equals_that_of_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, penalty: float, ties: bool
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(3, 40, generator=generator) * 3
+    if ties:
+        logits = logits.round()
+    seen = torch.randint(0, 40, (3, 12), generator=generator)
+    expected = logits.clone()
+    chain: list[Any] = [processors.RepetitionPenaltyLogitsProcessor(penalty)]
+    chain.append(processors.TemperatureLogitsWarper(temperature))
+    chain += [processors.TopKLogitsWarper(top_k)] if top_k else []
+    chain += [processors.TopPLogitsWarper(top_p)] if top_p < 1 and not ties else []
+    for processor in chain:
+        expected = processor(seen, expected)
+    scores = penalise(logits.clone(), seen, penalty) if penalty != 1 else logits
+    probs, ids = candidates(scores, temperature=temperature, top_k=top_k, top_p=1.0 if ties else top_p)
+    dense = torch.zeros(3, 40).scatter(1, ids, probs)
+    torch.testing.assert_close(dense, expected.softmax(1), rtol=1e-4, atol=1e-6)
+
+
+def test_scores_that_tie_with_the_kth_survive_top_k() -> None:
+    probs, ids = candidates(torch.tensor([[1.0, 3.0, 1.0, 1.0, 0.0]]), temperature=1.0, top_k=2, top_p=1.0)
+    assert sorted(ids[0][probs[0] > 0].tolist()) == [0, 1, 2, 3]
+
+
+def test_top_p_keeps_the_smallest_set_that_reaches_p_and_at_least_one() -> None:
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    for p, kept in ((0.01, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.81, 3), (0.99, 4)):
+        probs, _ = candidates(logits.double(), temperature=1.0, top_k=0, top_p=p)
+        assert int((probs > 0).sum()) == kept, p
+
+
+def test_draws_follow_the_probabilities() -> None:
+    probs = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).expand(40000, -1)
+    ids = torch.tensor([[7, 3, 5, 1]]).expand(40000, -1)
+    count = torch.arange(40000)
+    drawn = draw(probs, ids, uniform_noise(0, count, torch.zeros_like(count)))
+    for token, share in ((7, 0.5), (3, 0.25), (5, 0.25), (1, 0.0)):
+        assert abs(float((drawn == token).double().mean()) - share) < 0.01
+
+
+def test_noise_is_uniform_and_depends_on_seed_key_and_step() -> None:
+    count, zero = torch.arange(100_000), torch.zeros(100_000, dtype=torch.int64)
+    streams = [uniform_noise(5, count, zero), uniform_noise(5, zero, count), uniform_noise(6, count, zero)]
+    for stream in streams:
+        assert abs(float(stream.mean()) - 0.5) < 0.005
+        assert abs(float(stream.var()) - 1 / 12) < 0.001
+        assert 0 <= float(stream.min()) <= float(stream.max()) < 1
+    for other in streams[1:]:
+        correlation = torch.corrcoef(torch.stack((streams[0], other)))[0, 1]
+        assert abs(float(correlation)) < 0.02
+    torch.testing.assert_close(streams[0], uniform_noise(5, count, zero), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
+def test_a_sampled_reply_does_not_depend_on_the_batch(batch_size: int) -> None:
+    model = tiny_model()
+    options: dict[str, Any] = {"max_new_tokens": 20, "stop_ids": [1, 2, 3], "seed": 11}
+    together = generate(model, PROMPTS, **options)
+    assert generate(model, PROMPTS, batch_size=batch_size, **options) == together
+    for key in (0, 3, 5):
+        assert generate(model, [PROMPTS[key]], keys=[key], **options) == [together[key]]
+    assert together[0] != together[3]  # equal prompts, different keys
+    assert generate(model, PROMPTS, **(options | {"seed": 12})) != together
+
+
+def test_prompts_spread_over_several_prefill_packs_give_the_same_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(windows=(None, 5))
+    options: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": [1, 2], "seed": 3}
+    expected = generate(model, PROMPTS, **options)
+    monkeypatch.setattr("selfevo.generate.MAX_PREFILL_TOKENS", 6)
+    assert generate(model, PROMPTS, batch_size=2, **options) == expected
+
+
+def test_what_was_generated_greedily_is_the_argmax_when_scored_in_one_pass() -> None:
+    model = tiny_model()
+    replies = generate(model, PROMPTS, max_new_tokens=9, temperature=0, repetition_penalty=1.0)
+    for prompt, reply in zip(PROMPTS, replies):
+        with torch.no_grad():
+            logits = model(torch.tensor([[*prompt, *reply]]))[0, len(prompt) - 1 : -1]
+            sums, _ = response_logps(model, [(prompt, reply)])
+        assert logits.argmax(-1).tolist() == reply
+        torch.testing.assert_close(sums[0], logits.log_softmax(-1).max(-1).values.sum(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_stop_id_is_not_part_of_the_reply_and_the_callers_condition_ends_it() -> None:
+    model = tiny_model()
+    free = generate(model, PROMPTS, max_new_tokens=15, temperature=0)
+    stop = free[2][4]
+    stopped = generate(model, PROMPTS, max_new_tokens=15, temperature=0, stop_ids=[stop])
+    assert stopped[2] == free[2][: free[2].index(stop)]
+    ended = generate(model, PROMPTS, max_new_tokens=15, temperature=0, stop_when=lambda ids: len(ids) == 6)
+    assert ended == [reply[:6] for reply in free]
+
+
+def test_training_mode_is_restored_and_an_empty_list_is_an_empty_list() -> None:
+    model = tiny_model().train()
+    assert generate(model, [], max_new_tokens=3) == []
+    generate(model, PROMPTS[:1], max_new_tokens=1)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"prompts": [[1], []]}, "prompt 1 has no tokens"),
+        ({"prompts": [[61]]}, "prompt 0: token ids"),
+        ({"prompts": [[1] * 250]}, "prompt 0: 250 tokens and 10 new ones do not fit"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_k": -1}, "top_k"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty"),
+        ({"keys": [1, 2]}, "1 prompts but 2 keys"),
+    ],
+)
+def test_bad_arguments_are_refused(changes: dict[str, Any], reason: str) -> None:
+    arguments: dict[str, Any] = {"prompts": [[1]], "max_new_tokens": 10} | changes
+    with pytest.raises(ValueError, match=reason):
+        generate(tiny_model(), arguments.pop("prompts"), **arguments)
+
+
+def test_the_papers_decoding_settings_are_the_defaults() -> None:
+    assert Sampling() == Sampling(temperature=0.9, top_p=0.8, top_k=50, repetition_penalty=1.2, seed=0)
