@@ -69,8 +69,9 @@ class SlotCache:
     def __init__(self, model: Transformer, slots: int, capacity: int) -> None:
         config = model.config
         shape = (config.num_layers, slots, config.num_kv_heads, capacity, config.head_dim)
-        self.keys = torch.empty(shape, dtype=model.dtype, device=model.device)
-        self.values = torch.empty_like(self.keys)
+        # zeros: a masked place has weight 0, and 0 times the NaN that fresh memory may hold is NaN
+        self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self.values = torch.zeros_like(self.keys)
         self.rows = torch.arange(slots, device=model.device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self.active, self.longest = 0, 0
