@@ -155,7 +155,7 @@ def check_run(config: EvolveConfig, *, resume: bool) -> None:
 def open_run(config: EvolveConfig) -> Path:
     """The run folder: stamped with settings, data and versions where new, cleared of half-written files where old."""
     run = Path(config.out)
-    for leftover in run.rglob(".tmp-*"):
+    for leftover in run.rglob("*.partial"):
         leftover.unlink()
     if not (run / "config.json").is_file():
         write_json(run / "config.json", _stamp(config))

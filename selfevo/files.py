@@ -47,7 +47,7 @@ def replace_file(path: StrPath) -> Iterator[Path]:
     if target.is_dir():
         raise FileError(f"{target}: is a folder; give the name of a file to write")
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.parent / f".tmp-{secrets.token_hex(8)}"
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
         yield temporary
         if not temporary.exists():

@@ -341,7 +341,7 @@ def _keys(name: str) -> tuple[str, str]:
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         write(temporary)
         os.replace(temporary, path)

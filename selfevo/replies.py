@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from selfevo.files import read_jsonl, write_jsonl
 from selfevo.generate import Sampling, generate
 from selfevo.models.tokenizer import ChatTokenizer
@@ -72,20 +70,17 @@ def sample_replies(
 ) -> list[Reply]:
     """One reply per conversation, in order; finished chunks are kept in ``path`` (JSON lines) and not sampled again.
 
-    ``stop_when`` sees the text so far whenever a token has closed a brace, and ends the reply.
+    A reply has at most ``max_new_tokens``, and at most a quarter of the model's window. ``stop_when`` sees the text so
+    far whenever a token has closed a brace, and ends the reply.
     """
-    kept = _finished(path, len(prompts))
-    records: list[dict[str, Any]] = kept
-    with tqdm(total=len(prompts), initial=len(kept), desc=label, unit="reply") as bar:
-        while len(records) < len(prompts):
-            chunk = range(len(records), min(len(records) + CHUNK, len(prompts)))
-            replies = _sample_chunk(
-                model, tokenizer, prompts, chunk, sampling, max_new_tokens, keep_last, stop_when, label
-            )  # fmt: skip
-            lines = [{"index": index, **vars(reply)} for index, reply in zip(chunk, replies)]
-            records = records + lines
-            write_jsonl(path, records)
-            bar.update(len(lines))
+    max_new_tokens = min(max_new_tokens, model.config.max_positions // 4)  # a short window is mostly for the context
+    records = _finished(path, len(prompts))
+    while len(records) < len(prompts):
+        chunk = range(len(records), min(len(records) + CHUNK, len(prompts)))
+        name = f"{label}, {chunk.start + 1}-{chunk.stop} of {len(prompts)}"
+        replies = _sample_chunk(model, tokenizer, prompts, chunk, sampling, max_new_tokens, keep_last, stop_when, name)
+        records = records + [{"index": index, **vars(reply)} for index, reply in zip(chunk, replies)]
+        write_jsonl(path, records)
     return [Reply(**{name: value for name, value in record.items() if name != "index"}) for record in records]
 
 
@@ -124,7 +119,7 @@ def _sample_chunk(
         stop_ids=tokenizer.stop_ids,
         keys=keys,
         stop_when=None if stop_when is None else stop,
-        progress=f"{label} {chunk.start + 1}-{chunk.stop}",
+        progress=label,
         **vars(sampling),
     )
     by_key = dict(zip(keys, generated))

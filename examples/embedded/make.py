@@ -58,8 +58,8 @@ def write_data(folder: Path, seed: int) -> None:
 
 def make_backbone(folder: Path, settings: Settings, checkpoint: Path) -> None:
     """The tokenizer, then the model; the folder holds the newest state all along."""
-    make_tokenizer(folder, settings.seed)
-    tokenizer = load_tokenizer(folder)
+    make_tokenizer(checkpoint.parent / "tokenizer", settings.seed)
+    tokenizer = load_tokenizer(checkpoint.parent / "tokenizer")
 
     def watch(model: Transformer, step: int) -> None:
         save_pretrained(model, tokenizer, folder)

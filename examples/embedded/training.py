@@ -34,7 +34,7 @@ class Settings:
     intermediate_size: int = 384
     layers: int = 4
     learning_rate: float = 3e-3  # of Adam, for the embedding and the norms
-    matrix_rate: float = 0.02  # of Muon, for the matrices
+    matrix_rate: float = 0.01  # of Muon, for the matrices
     warmup: int = 50
     decay: float = 0.6  # share of the steps over which the rates fall
     seed: int = 0
@@ -51,7 +51,7 @@ def make_model(vocab_size: int, settings: Settings) -> Transformer:
         windows=(None,) * settings.layers, tied=True,
     )  # fmt: skip
     model = Transformer(config)
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.05)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.2)
     for block in model.model.layers:
         _favour_recall(block.self_attn)
         for linear in (block.mlp.gate_proj, block.mlp.up_proj):

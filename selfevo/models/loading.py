@@ -225,9 +225,11 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
     values["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     if tokenizer is not None:
         values["eos_token_id"] = list(tokenizer.stop_ids)
-        for name in TOKENIZER_FILES:
-            if tokenizer.folder is not None and (tokenizer.folder / name).is_file():
-                shutil.copyfile(tokenizer.folder / name, folder / name)
+        source = tokenizer.folder
+        if source is not None and source.resolve() != folder.resolve():
+            for name in TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
     _write_json(folder / "config.json", values)
 
 
