@@ -13,7 +13,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from selfevo.evolve import EvolveConfig, evolve
+from selfevo.models.hub import locate
+from selfevo.models.loading import read_config
+from selfevo.models.memory import describe_memory, estimate_memory
 
 HERE = Path(__file__).resolve().parent / "embedded"
 # The embedded backbone has some 10,000 times fewer parameters than the paper's, and learns at a rate to match.
@@ -30,17 +35,18 @@ EMBEDDED: dict[str, Any] = {
 }
 
 
-def parse(arguments: list[str] | None = None) -> tuple[EvolveConfig, bool]:
-    """The configuration and whether to resume."""
+def parse(arguments: list[str] | None = None) -> tuple[EvolveConfig, bool, bool]:
+    """The configuration, whether to resume, and whether only to tell the memory needed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for option in fields(EvolveConfig):
         _add(parser, option)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, to the same result")
+    parser.add_argument("--memory", action="store_true", help="only tell the memory that the backbone needs")
     given = vars(parser.parse_args(arguments))
-    resume = given.pop("resume")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    resume, memory = given.pop("resume"), given.pop("memory")
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     if "backbone" in values or "esconv" in values:
         missing = [name for name in ("backbone", "esconv") if name not in values]
         if missing:
@@ -52,14 +58,14 @@ def parse(arguments: list[str] | None = None) -> tuple[EvolveConfig, bool]:
             parser.error("--resume needs --out, the run folder to continue")
         name = Path(values["backbone"]).name if values["backbone"] != EMBEDDED["backbone"] else "embedded"
         values["out"] = str(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    return EvolveConfig(**values), resume
+    return EvolveConfig(**values), resume, memory
 
 
 def _add(parser: argparse.ArgumentParser, option: Field[Any]) -> None:
     flag, text = "--" + option.name.replace("_", "-"), option.metadata["help"]
     extra: dict[str, Any] = {"default": argparse.SUPPRESS}
     if option.default is MISSING:
-        where = f"runs/NAME-TIME" if option.name == "out" else "the embedded one"
+        where = "runs/NAME-TIME" if option.name == "out" else "the embedded one"
         parser.add_argument(flag, metavar="PATH", help=f"{text} (default: {where})", **extra)
     elif isinstance(option.default, bool):
         parser.add_argument(flag, action="store_true", help=text, **extra)
@@ -74,9 +80,22 @@ def _add(parser: argparse.ArgumentParser, option: Field[Any]) -> None:
         )  # fmt: skip
 
 
+def tell_memory(config: EvolveConfig) -> str:
+    """What the backbone needs on a GPU, from its config.json alone."""
+    folder = locate(config.backbone, patterns=("config.json",), revision=config.revision or None)
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    memory = estimate_memory(
+        read_config(folder), dtype=dtype, rank=config.rank, iterations=config.iterations, row_tokens=config.max_tokens
+    )
+    return f"{config.backbone}, {dtype}, rows of {config.max_tokens} tokens:\n{describe_memory(memory)}"
+
+
 def main() -> int:
     try:
-        config, resume = parse()
+        config, resume, memory = parse()
+        if memory:
+            print(tell_memory(config))
+            return 0
         print(f"selfevo: {config.backbone} on {config.esconv}, into {config.out}", flush=True)
         run = evolve(config, resume=resume)
     except (ValueError, OSError, FloatingPointError) as error:

@@ -136,7 +136,9 @@ def _check(corpus: Corpus, esconv: str, synthetic: Sequence[str], test: str) -> 
     for number, part in enumerate(corpus.seeds, 1):
         if not part.examples:
             source = ", ".join(synthetic) or esconv
-            raise CorpusError(f"{source}: no supporter turn is left as a seed of iteration {number} (too few dialogues?)")
+            raise CorpusError(
+                f"{source}: no supporter turn is left as a seed of iteration {number} (too few dialogues?)"
+            )
     if not corpus.test:
         raise CorpusError(f"{test or esconv}: no supporter turn is left to test on (too few or too short dialogues)")
 

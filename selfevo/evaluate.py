@@ -18,7 +18,7 @@ from selfevo.replies import sample_replies
 
 @dataclass(frozen=True)
 class Score:
-    """One column of the table: its value (0..100, or tokens for the length) and the signature that says how it was computed."""
+    """One column of the table: its value (0..100, or tokens for the length) and how it was computed."""
 
     value: float
     signature: str

@@ -39,10 +39,14 @@ def _option(default: Any, text: str, **more: Any) -> Any:
 class EvolveConfig:
     """All settings of a run; the paper's values are the defaults. Each field is a flag of ``examples/iterate.py``."""
 
-    backbone: str = field(metadata={"help": "folder in Hugging Face layout, or a hub id: a Llama, Qwen2 or Mistral chat model"})
+    backbone: str = field(
+        metadata={"help": "folder in Hugging Face layout, or a hub id: a Llama, Qwen2 or Mistral chat model"}
+    )
     esconv: str = field(metadata={"help": "human dialogues for phase 1 (ESConv.json); split 9:1 by dialogue"})
     out: str = field(metadata={"help": "run folder"})
-    synthetic: tuple[str, ...] = _option((), "seed dialogues for phase 2 (ExTES, ServeForEmo, ...); without any, ESConv")
+    synthetic: tuple[str, ...] = _option(
+        (), "seed dialogues for phase 2 (ExTES, ServeForEmo, ...); without any, ESConv"
+    )
     replay: str = _option("", "general instructions to replay in phase 1 (Alpaca)")
     test: str = _option("", "test dialogues; without any, the tenth of ESConv that is held out")
     iterations: int = _option(2, "self-evolution iterations")
@@ -72,10 +76,14 @@ class EvolveConfig:
     reflection_tokens: int = _option(384, "longest reflection, in tokens")
     tries: int = _option(3, "tries for a usable reflection before the golden reply is used")
     max_tokens: int = _option(4096, "distinct tokens of one packed row; lower it where memory is short")
-    shuffle: str = _option("dialogues", "what is shuffled: 'pairs' gives up sharing context across turns", choices=SHUFFLES)
+    shuffle: str = _option(
+        "dialogues", "what is shuffled: 'pairs' gives up sharing context across turns", choices=SHUFFLES
+    )
     checkpoint_activations: bool = _option(False, "recompute activations in the backward pass to save memory")
     seed: int = _option(0, "seed of everything random")
-    dtype: str = _option("auto", "weights: auto is bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16"))
+    dtype: str = _option(
+        "auto", "weights: auto is bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16")
+    )
     device: str = _option("auto", "auto takes a GPU where there is one")
     revision: str = _option("", "revision of a hub id")
     chat_format: str = _option("", "llama3, qwen2, mistral or plain, where the backbone's own template is unknown")
@@ -101,7 +109,15 @@ class EvolveConfig:
         return Sampling(self.temperature, self.top_p, self.top_k, self.repetition_penalty, seed)
 
     def training(self, learning_rate: float) -> TrainSettings:
-        names = ("epochs", "batch_size", "accumulation", "warmup", "weight_decay", "max_grad_norm", "patience")
+        names: tuple[str, ...] = (
+            "epochs",
+            "batch_size",
+            "accumulation",
+            "warmup",
+            "weight_decay",
+            "max_grad_norm",
+            "patience",
+        )
         names += ("evaluations_per_epoch", "max_tokens", "shuffle", "seed")
         return TrainSettings(learning_rate=learning_rate, **{name: getattr(self, name) for name in names})
 
@@ -222,7 +238,7 @@ def _acquire(config: EvolveConfig, model: Transformer, tokenizer: ChatTokenizer,
 def _improve(
     config: EvolveConfig, model: Transformer, tokenizer: ChatTokenizer, corpus: Corpus, run: Path, iteration: int
 ) -> None:
-    """Phase 2, one iteration: pairs from the model's own reflections, then DPO + gamma * SFT against the model itself."""
+    """Phase 2, one iteration: pairs from the model's own reflections, then DPO + gamma * SFT against itself."""
     start, folder = run / f"M{iteration - 1}", run / f"M{iteration}"
     if _is_trained(folder):
         return
@@ -235,7 +251,9 @@ def _improve(
     kept, ids = _encode_pairs(tokenizer, pairs, model.config.max_positions)
     if not ids:
         raise RunError(f"{folder}: no preference pair was left; {folder / 'filter.json'} says what became of them")
-    freeze_adapter(model, rank=config.rank, alpha=config.alpha, dropout=config.lora_dropout, seed=config.seed + iteration)
+    freeze_adapter(
+        model, rank=config.rank, alpha=config.alpha, dropout=config.lora_dropout, seed=config.seed + iteration
+    )
     reference = _reference(config, model, ids, folder / "reference.json")
     held = [i for i, pair in enumerate(kept) if pair.dialogue in part.held_out]
     trained = [i for i, pair in enumerate(kept) if pair.dialogue not in part.held_out]

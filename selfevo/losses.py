@@ -89,7 +89,7 @@ def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     if not torch.is_grad_enabled():  # a Function is told what requires grad, not whether anyone will ask for it
         hidden, weight = hidden.detach(), weight.detach()
-    logps: Tensor = _LinearLogps.apply(hidden, weight, targets.long(), chunk_size)  # type: ignore[no-untyped-call]
+    logps: Tensor = _LinearLogps.apply(hidden, weight, targets.long(), chunk_size)
     return logps
 
 

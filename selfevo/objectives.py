@@ -21,8 +21,8 @@ from selfevo.trie import Ids, as_ids, pack
 class Objective(Protocol):
     """Items to train on; ``groups`` names the dialogue of each, so that relatives can be scheduled together."""
 
-    groups: Sequence[str]
-
+    @property
+    def groups(self) -> Sequence[str]: ...
     def __len__(self) -> int: ...
     def sequences(self, index: int) -> list[Ids]:
         """The token sequences of one item, which stay in one pack."""
@@ -107,7 +107,8 @@ class DPOObjective:
 
 def both_sides(pairs: Sequence[PairIds]) -> list[Example]:
     """All chosen replies, then all rejected ones, each with its prompt."""
-    return [(pair.prompt, pair.chosen) for pair in pairs] + [(pair.prompt, pair.rejected) for pair in pairs]
+    chosen: list[Example] = [(pair.prompt, pair.chosen) for pair in pairs]
+    return chosen + [(pair.prompt, pair.rejected) for pair in pairs]
 
 
 @torch.no_grad()

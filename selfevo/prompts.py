@@ -27,10 +27,7 @@ STRATEGIES: dict[str, str] = {
 
 _PLAIN = "You are a warm and attentive emotional supporter. Answer the person in one or two short, natural sentences."
 _WITH_STRATEGIES = (
-    _PLAIN
-    + " Choose what helps now: "
-    + "; ".join(f"{name} ({meaning})" for name, meaning in STRATEGIES.items())
-    + "."
+    _PLAIN + " Choose what helps now: " + "; ".join(f"{name} ({meaning})" for name, meaning in STRATEGIES.items()) + "."
 )
 ASPECTS = ("profile", "emotion", "personality", "intention")
 

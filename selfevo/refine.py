@@ -61,7 +61,9 @@ def read_pairs(path: Path) -> list[Pair]:
             own = {name: record[name] for name in ("id", "dialogue", "prompt", "golden", "source", "reflection")}
             pairs.append(Pair(chosen=chosen["content"], rejected=rejected["content"], **own))
         except (KeyError, TypeError, ValueError) as error:
-            raise FileError(f"{path}: record {index} is not a preference pair as written by this library: {error!r}")
+            raise FileError(
+                f"{path}: record {index} is not a preference pair as written by this library: {error!r}"
+            ) from error
     return pairs
 
 

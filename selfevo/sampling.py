@@ -24,7 +24,7 @@ def candidates(logits: Tensor, *, temperature: float, top_k: int, top_p: float) 
     """Logits (R, V) -> probabilities and ids (R, C) of what may be drawn; what is filtered out has probability 0.
 
     Top-k keeps everything that ties with the k-th score. Top-p keeps the smallest set, likeliest first, whose mass
-    reaches p. ``top_k`` 0 and ``top_p`` 1 switch the filters off. The vocabulary is sorted only without top-k or on ties.
+    reaches p. ``top_k`` 0 and ``top_p`` 1 switch the filters off. Only then or on ties is the vocabulary sorted.
     """
     vocab = logits.shape[1]
     k = min(top_k, vocab) if top_k else vocab
@@ -55,7 +55,7 @@ def draw(probs: Tensor, ids: Tensor, noise: Tensor) -> Tensor:
 
 
 def uniform_noise(seed: int, keys: Tensor, steps: Tensor) -> Tensor:
-    """Counter-based noise: int64 keys and steps (R,) -> (R,) float64 in [0, 1), a function of the three numbers alone."""
+    """Counter-based noise: int64 keys and steps (R,) -> (R,) float64 in [0, 1), a function of these numbers."""
     state = _mix(_mix(_wrap(_mix_int(seed)) ^ keys) + steps)
     return _shift(_mix(state), 11).double() * 2.0**-53
 

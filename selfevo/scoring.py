@@ -63,4 +63,6 @@ def check_examples(examples: Sequence[Example], vocab_size: int) -> None:
             raise ValueError(f"example {index}: its {side} has no tokens")
         largest, smallest = max(max(prompt), max(response)), min(min(prompt), min(response))
         if largest >= vocab_size or smallest < 0:
-            raise ValueError(f"example {index}: token ids should lie in 0..{vocab_size - 1}, found {smallest}..{largest}")
+            raise ValueError(
+                f"example {index}: token ids should lie in 0..{vocab_size - 1}, found {smallest}..{largest}"
+            )

@@ -1,7 +1,7 @@
 """The token trie: sequences that share prefixes, merged so that every distinct prefix is computed once.
 
-The nodes are laid out depth first in one packed row. A node's subtree is then a contiguous stretch of the row, so node j
-is an ancestor of node i exactly when ``j <= i < ends[j]``, and that is the whole attention mask. With each node's depth
+The nodes are laid out depth first in one packed row. A node's subtree is then a contiguous stretch of it, so node j is
+an ancestor of node i exactly when ``j <= i < ends[j]``, and that is the whole attention mask. With each node's depth
 as its position, a causal model gives every node the hidden state that it would have in its own sequence.
 """
 
@@ -43,7 +43,7 @@ class TokenTrie:
         return before & (nodes[:, None] < self.ends.to(device)[None, :])
 
 
-def as_ids(sequence: Sequence[int]) -> Ids:
+def as_ids(sequence: Sequence[int] | Ids) -> Ids:
     return np.asarray(sequence, dtype=np.int64)
 
 
@@ -59,7 +59,7 @@ def shared_prefix(a: Ids, b: Ids) -> int:
     return int(differs.argmax()) if differs.any() else length
 
 
-def build_trie(sequences: Sequence[Sequence[int]]) -> TokenTrie:
+def build_trie(sequences: Sequence[Sequence[int] | Ids]) -> TokenTrie:
     """Merges non-empty id sequences; equal ones share all their nodes. No Python work per token."""
     arrays = [as_ids(sequence) for sequence in sequences]
     if not arrays or any(len(array) == 0 for array in arrays):
@@ -80,8 +80,8 @@ def build_trie(sequences: Sequence[Sequence[int]]) -> TokenTrie:
         previous, size = array, new.stop
         paths[index] = path
     ends[path] = size
-    row = (torch.from_numpy(values[:size].copy()) for values in (tokens, positions, ends))
-    return TokenTrie(*row, paths)
+    row = [torch.from_numpy(values[:size].copy()) for values in (tokens, positions, ends)]
+    return TokenTrie(row[0], row[1], row[2], paths)
 
 
 def pack(items: Sequence[Sequence[Ids]], max_tokens: int) -> list[list[int]]:

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from selfevo.models import CheckpointError, load_model, load_tokenizer, save_pretrained
+from selfevo.models import CheckpointError, load_model, save_pretrained
 from selfevo.models.config import ConfigError
 
 SIZES = {
@@ -250,7 +250,10 @@ def test_a_head_flagged_tied_that_differs_is_refused(tmp_path: Path) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"sliding_window": 16}, "sliding_window"),
         ({"logits_scaling": 2.0}, "logits_scaling"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary",
+        ),
         ({"model_type": "gpt_neox"}, "gpt_neox"),
         ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
         ({"hidden_size": "48"}, "hidden_size"),
@@ -273,7 +276,7 @@ def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_hub_id_that_cannot_be_fetched_gives_the_hubs_own_words() -> None:
-    with pytest.raises(CheckpointError, match="somebody/some-model: no such folder here, and the hub says: .+"):
+    with pytest.raises(CheckpointError, match=r"somebody/some-model: no such folder here, and the hub says: .+"):
         load_model("somebody/some-model")
 
 
@@ -294,14 +297,15 @@ print(status("VmHWM") - before, sum(sizes), max(p.numel() for p in model.paramet
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_peak_memory_while_loading_is_the_weights_and_one_tensor(
-    dtype: str, tmp_path: Path, checkpoint: Path
-) -> None:
+def test_peak_memory_while_loading_is_the_weights_and_one_tensor(dtype: str, tmp_path: Path, checkpoint: Path) -> None:
     sizes = SIZES | {"vocab_size": 4000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6}
     sizes |= {"num_attention_heads": 8, "num_key_value_heads": 8}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "large")
     result = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path / "large"), dtype, str(checkpoint)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", PEAK, str(tmp_path / "large"), dtype, str(checkpoint)],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     grown, weights, largest = map(int, result.stdout.split())
     assert grown < weights + largest + 8 * 2**20

@@ -128,7 +128,9 @@ def copy_with_template(shared: Path, name: str, folder: Path, template: str) -> 
 
 
 def test_another_fine_tunes_template_is_refused_unless_a_format_is_named(shared: Path, tmp_path: Path) -> None:
-    folder = copy_with_template(shared, "qwen2", tmp_path / "other", "{% for m in messages %}### {{ m.content }}{% endfor %}")
+    folder = copy_with_template(
+        shared, "qwen2", tmp_path / "other", "{% for m in messages %}### {{ m.content }}{% endfor %}"
+    )
     with pytest.raises(TokenizerError, match="chat template is none of those implemented"):
         load_tokenizer(folder)
     assert load_tokenizer(folder, chat_format="qwen2").format_name == "qwen2"

@@ -131,7 +131,9 @@ def test_values_and_gradients_equal_one_sequence_at_a_time(family: str, max_toke
 def test_a_trainable_head_and_embedding_get_the_gradient_of_one_at_a_time() -> None:
     model, examples = tiny_model(tied=True), dialogue_examples()
     response_logps(model, examples)[0].sum().backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None
+    }
     model.zero_grad()
     one_at_a_time(model, examples).sum().backward()
     assert len(gradients) == len(list(model.parameters()))

@@ -83,7 +83,11 @@ def instruction(rng: Random, split: str = "train") -> dict[str, str]:
     if sort == "next":
         days = w.FACTS["day"]
         after = days[(days.index(facts["day"]) + 1) % 7]
-        return {"instruction": "Name the day after.", "input": f"The day is {facts['day']}.", "output": f"It is {after}."}
+        return {
+            "instruction": "Name the day after.",
+            "input": f"The day is {facts['day']}.",
+            "output": f"It is {after}.",
+        }
     kinds = rng.sample(OPENERS, rng.randint(2, 6))
     if sort in ("first", "last"):
         values = [facts[kind] for kind in kinds]

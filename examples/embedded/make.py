@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -17,11 +16,13 @@ from typing import Any
 
 import lessons
 import torch
+import words as w
 import world
-from training import Settings, train
+from tqdm import tqdm
+from training import Settings, token_losses, train
 from vocabulary import make_tokenizer
 
-from selfevo.models import Transformer, load_tokenizer, save_pretrained
+from selfevo.models import ChatTokenizer, Transformer, load_tokenizer, save_pretrained
 
 COUNTS = {"human": 200, "synthetic": 240, "test": 40, "replay": 300}
 HUMAN_PERSONAL = 0.25  # share of personal replies among the humans'
@@ -63,20 +64,17 @@ def make_backbone(folder: Path, settings: Settings, checkpoint: Path) -> None:
 
     def watch(model: Transformer, step: int) -> None:
         save_pretrained(model, tokenizer, folder)
-        print(f"\nstep {step}: share of facts recalled, short and whole dialogues:", lessons_recall(model), file=sys.stderr)
-
-    def lessons_recall(model: Transformer) -> str:
-        return ", ".join(f"{recall(model, tokenizer, exchanges):.2f}" for exchanges in (2, None))
+        (folder / "model.safetensors").chmod(0o644)
+        short, whole = (recall(model, tokenizer, exchanges) for exchanges in (2, None))
+        tqdm.write(f"step {step}: facts recalled in short dialogues {short:.2f}, in whole ones {whole:.2f}")
 
     train(tokenizer, settings, checkpoint, watch=watch)
 
 
 @torch.no_grad()
-def recall(model: Transformer, tokenizer: Any, exchanges: int | None, dialogues: int = 10) -> float:
+def recall(model: Transformer, tokenizer: ChatTokenizer, exchanges: int | None, dialogues: int = 10) -> float:
     """The share of facts in reflections that the model would have written, each given the true text before it."""
-    from training import token_losses
-
-    values = {tokenizer.encode(f" {value}")[0] for values in world.w.FACTS.values() for value in values}
+    values = {tokenizer.encode(f" {value}")[0] for values in w.FACTS.values() for value in values}
     rng, right, total = Random("recall"), 0, 0
     for _ in range(dialogues):
         dialogue = world.make_dialogue(rng, "test", personal=0.3, exchanges=exchanges)

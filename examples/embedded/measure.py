@@ -1,6 +1,6 @@
 """How well a backbone does what the loop asks of it, on users that share no two facts with those it was trained on.
 
-    python examples/embedded/measure.py --backbone examples/embedded/backbone --dialogues 40
+python examples/embedded/measure.py --backbone examples/embedded/backbone --dialogues 40
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import words as w
 import world
 from world import Dialogue
 
-from selfevo.generate import generate
+from selfevo.generate import Sampling, generate
 from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
 from selfevo.prompts import Reflection, reflection_prompt, reply_prompt
 from selfevo.refine import parse_reflection
 
 HERE = Path(__file__).parent
-GREEDY = {"temperature": 0.0, "repetition_penalty": 1.0}
-LOOP = {"temperature": 0.9, "top_p": 0.8, "top_k": 50, "repetition_penalty": 1.2}
+GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0)
+LOOP = Sampling()  # the paper's
 
 
 def held_out(count: int, seed: int = 1) -> list[tuple[Dialogue, int]]:
@@ -40,11 +40,11 @@ def measure(
     model: Transformer, tokenizer: ChatTokenizer, cases: list[tuple[Dialogue, int]], *, style: str, greedy: bool
 ) -> dict[str, float]:
     """Plain replies, then reflections on them: rates between 0 and 1, and the mean number of words."""
-    settings = GREEDY if greedy else LOOP
+    stops, how = tokenizer.stop_ids, vars(GREEDY if greedy else LOOP)
 
     def answer(prompts: list[list[dict[str, str]]], limit: int) -> list[str]:
         ids = [tokenizer.encode_chat(prompt) for prompt in prompts]
-        replies = generate(model, ids, max_new_tokens=limit, stop_ids=tokenizer.stop_ids, progress="measuring", **settings)
+        replies = generate(model, ids, max_new_tokens=limit, stop_ids=stops, progress="measuring", **how)
         return [tokenizer.decode(reply) for reply in replies]
 
     prompts = [reply_prompt(dialogue.messages(turn), style) for dialogue, turn in cases]

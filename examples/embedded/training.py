@@ -1,4 +1,4 @@
-"""Trains the backbone from scratch: an initialisation that favours recall, two optimisers, rows of short dialogues first.
+"""Trains the backbone from scratch: an initialisation that favours recall, two optimisers, short dialogues first.
 
 A small model learns last what a reflection needs most: to look a fact up and to repeat it. Two things help it there.
 Each attention layer starts near "attend to what is alike, pass it on unchanged", and the first rows are short.
@@ -15,7 +15,6 @@ from random import Random
 import lessons
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -23,12 +22,15 @@ from selfevo.models import ChatTokenizer, ModelConfig, Transformer
 from selfevo.trie import build_trie
 
 HEAD_SIZE = 32
+# Keeps log-sum-exp near 0, so that sure tokens have logits near 0. A repetition penalty multiplies and divides logits,
+# and would else forbid a model with few certainties what a reflection is for: to repeat what the user said.
+CENTRING = 2e-3
 Row = list[tuple[list[int], list[int]]]  # prompt ids, answer ids
 
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 6000
+    steps: int = 3000
     rows: int = 4
     hidden_size: int = 128
     intermediate_size: int = 384
@@ -51,25 +53,29 @@ def make_model(vocab_size: int, settings: Settings) -> Transformer:
         windows=(None,) * settings.layers, tied=True,
     )  # fmt: skip
     model = Transformer(config)
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=0.2)
-    for block in model.model.layers:
-        _favour_recall(block.self_attn)
-        for linear in (block.mlp.gate_proj, block.mlp.up_proj):
-            torch.nn.init.normal_(linear.weight, std=0.6 / math.sqrt(settings.hidden_size))
-        scale = 0.6 / math.sqrt(settings.intermediate_size * 2 * settings.layers)
-        torch.nn.init.normal_(block.mlp.down_proj.weight, std=scale)
+    width = settings.hidden_size
+    for name, weight in model.named_parameters():
+        kind = name.split(".")[-2]
+        if kind == "embed_tokens":
+            torch.nn.init.normal_(weight, std=0.2)
+        elif kind == "q_proj":
+            _favour_recall(model, name.removesuffix(".q_proj.weight"))
+        elif kind in ("gate_proj", "up_proj"):
+            torch.nn.init.normal_(weight, std=0.6 / math.sqrt(width))
+        elif kind == "down_proj":
+            torch.nn.init.normal_(weight, std=0.6 / math.sqrt(settings.intermediate_size * 2 * settings.layers))
     return model
 
 
 @torch.no_grad()
-def _favour_recall(attention: torch.nn.Module, gain: float = 0.7) -> None:
+def _favour_recall(model: Transformer, attention: str, gain: float = 0.7) -> None:
     """Queries like keys, and output times value near the identity (after Trockman and Kolter 2023)."""
-    size = attention.q_proj.weight.shape[1]
-    alike, passed = (torch.linalg.qr(torch.randn(size, size))[0] * gain for _ in range(2))
-    attention.q_proj.weight.copy_(alike)
-    attention.k_proj.weight.copy_(alike)
-    attention.v_proj.weight.copy_(passed)
-    attention.o_proj.weight.copy_(passed.T)
+    queries, keys, values, output = (model.get_parameter(f"{attention}.{part}_proj.weight") for part in "qkvo")
+    alike, passed = (torch.linalg.qr(torch.randn(queries.shape))[0] * gain for _ in range(2))
+    queries.copy_(alike)
+    keys.copy_(alike)
+    values.copy_(passed)
+    output.copy_(passed.T)
 
 
 def token_losses(model: Transformer, row: Row) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +85,9 @@ def token_losses(model: Transformer, row: Row) -> tuple[Tensor, Tensor, Tensor]:
     targets = torch.tensor([token for _, answer in row for token in answer])
     hidden = model.hidden_states(trie.tokens[None], trie.positions[None], trie.mask())[0]
     logits = model.lm_head(hidden[torch.from_numpy(nodes)])
-    return F.cross_entropy(logits, targets, reduction="none"), targets, logits.detach().argmax(dim=1)
+    sizes = logits.logsumexp(dim=1)
+    losses = sizes - logits.gather(1, targets[:, None])[:, 0] + CENTRING * sizes.square()
+    return losses, targets, logits.detach().argmax(dim=1)
 
 
 class Muon:

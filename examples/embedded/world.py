@@ -248,6 +248,6 @@ def as_extes(dialogue: Dialogue) -> dict[str, Any]:
     """The schema of ExTES, and beside it what is true of the user."""
     content: list[dict[str, str]] = []
     for turn, (strategy, text) in zip(dialogue.turns, dialogue.replies):
-        content += [{"User": turn.text}, {"AI Strategy": strategy, "AI": text}]
+        content += [{"User": turn.text}, {"AI Strategy": w.EXTES_NAMES[strategy], "AI": text}]
     user = dialogue.user
     return {"scene": user.problem, "description": dialogue.situation, "content": content, "facts": user.facts}

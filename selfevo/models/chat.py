@@ -19,9 +19,17 @@ class Codec(Protocol):
 class ChatFormat(Protocol):
     """Turns messages into ids; built from a :class:`Codec` whose vocabulary has all the ``markers``."""
 
-    name: str
-    markers: tuple[str, ...]  # special tokens without which the format cannot be written
-    templates: frozenset[str]  # fingerprints of the published templates that this code reproduces
+    @property
+    def name(self) -> str: ...
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """Special tokens without which the format cannot be written."""
+        ...
+
+    @property
+    def templates(self) -> frozenset[str]:
+        """Fingerprints of the published templates that this code reproduces."""
+        ...
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]: ...
     def reply(self, codec: Codec, text: str) -> list[int]:

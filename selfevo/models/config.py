@@ -13,10 +13,10 @@ from selfevo.models.transformer import Llama3RopeScaling, ModelConfig
 
 # Bookkeeping, training-time and generation-time keys: none of them changes the logits.
 HARMLESS = frozenset(
-    """architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id
-    finetuning_task id2label initializer_range is_encoder_decoder keys_to_ignore_at_inference label2id
-    model_type output_attentions output_hidden_states pad_token_id pretraining_tp problem_type return_dict torch_dtype
-    transformers_version unk_token_id use_cache use_return_dict""".split()
+    """architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id finetuning_task id2label
+    initializer_range is_encoder_decoder keys_to_ignore_at_inference label2id model_type output_attentions
+    output_hidden_states pad_token_id pretraining_tp problem_type return_dict torch_dtype transformers_version
+    unk_token_id use_cache use_return_dict""".split()
 )
 _REQUIRED = object()
 

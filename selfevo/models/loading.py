@@ -89,7 +89,9 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{folder}: there is no config.json; a checkpoint folder has one beside its weights") from None
+        raise ConfigError(
+            f"{folder}: there is no config.json; a checkpoint folder has one beside its weights"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -141,7 +143,9 @@ def _header(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > size - 8:
-            raise CheckpointError(f"{path}: truncated or not a safetensors file: its header does not fit into {size} bytes")
+            raise CheckpointError(
+                f"{path}: truncated or not a safetensors file: its header does not fit into {size} bytes"
+            )
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
@@ -160,7 +164,7 @@ def _check_whole(path: Path) -> None:
     for name, entry in sorted(_header(path).items(), key=lambda item: item[1]["end"]):
         if entry["end"] > size:
             raise CheckpointError(
-                f"{path}: truncated: {name} should end at byte {entry['end']:,}, but the file has {size:,}; fetch it again"
+                f"{path}: truncated: {name} should end at byte {entry['end']:,}, but the file has {size:,}"
             )
 
 
@@ -173,7 +177,9 @@ def _read_tensor(path: Path, name: str, shape: torch.Size, dtype: torch.dtype | 
                 stored, wanted = tuple(tensor.shape), tuple(shape)
                 raise CheckpointError(f"{path}: {name} has shape {stored}, the configuration asks for {wanted}")
             if not tensor.is_floating_point() or tensor.element_size() < 2:
-                raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}; quantised weights are not implemented")
+                raise CheckpointError(
+                    f"{path}: {name} is stored as {tensor.dtype}; quantised weights are not implemented"
+                )
             return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
     except SafetensorError as error:
         raise CheckpointError(f"{path}: {name} cannot be read: {error}") from error
@@ -196,7 +202,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder: str | Path) -> None:
-    """Writes config.json, safetensors weights (sharded above 5 GB) and the tokenizer's files, as transformers reads them.
+    """Writes config.json, safetensors weights (sharded above 5 GB) and the tokenizer's files, for transformers to read.
 
     Adapters must have been merged (``selfevo.lora.merge_adapters``) or saved apart (``save_adapter``).
     """

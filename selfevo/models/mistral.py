@@ -43,7 +43,9 @@ class MistralChat:
             if message["role"] != ("user", "assistant")[index % 2]:
                 raise ChatError("in the mistral format user and assistant alternate, and a user begins")
         if add_generation_prompt and len(spoken) % 2 == 0:
-            raise ChatError("in the mistral format [/INST] is the generation prompt: it needs a user message at the end")
+            raise ChatError(
+                "in the mistral format [/INST] is the generation prompt: it needs a user message at the end"
+            )
         last_user = (len(spoken) - 1) // 2 * 2
         ids = [codec.special_id("<s>")]
         for index, message in enumerate(spoken):

@@ -56,7 +56,7 @@ class Qwen2Chat:
         ids: list[int] = []
         for message in messages:
             ids += [start, *codec.encode(f"{message['role']}\n{message['content']}"), end, *newline]
-        return ids + [start, *codec.encode("assistant\n")] if add_generation_prompt else ids
+        return [*ids, start, *codec.encode("assistant\n")] if add_generation_prompt else ids
 
     def reply(self, codec: Codec, text: str) -> list[int]:
         return [*codec.encode(text), codec.special_id("<|im_end|>")]

@@ -76,7 +76,9 @@ class SentencePieceBackend:
         try:
             self._model.Load(str(path))
         except (RuntimeError, OSError) as error:
-            message = "not a sentencepiece model (Llama-3's original tokenizer.model is not one: use its tokenizer.json)"
+            message = (
+                "not a sentencepiece model (Llama-3's original tokenizer.model is not one: use its tokenizer.json)"
+            )
             raise TokenizerError(f"{path}: {message}") from error
         self.size = self._model.GetPieceSize()
         control = [i for i in range(self.size) if self._model.IsControl(i) or self._model.IsUnknown(i)]
@@ -154,7 +156,9 @@ def _choose_format(folder: Path, settings: dict[str, Any], backend: Backend, nam
             return _plain(folder, settings, backend)
         if name not in available:
             known = ", ".join([*available, "plain"])
-            raise TokenizerError(f"{folder}: the chat format {name!r} cannot be written with this vocabulary; {known} can")
+            raise TokenizerError(
+                f"{folder}: the chat format {name!r} cannot be written with this vocabulary; {known} can"
+            )
         return available[name]
     template = _template(folder, settings)
     if template is None:

@@ -49,7 +49,15 @@ class ModelConfig:
     tied: bool = False  # the output head is the embedding
 
     def __post_init__(self) -> None:
-        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim")
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        )
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -99,7 +107,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_mask(positions: Tensor, key_positions: Tensor, mask: Tensor | None, window: int | None) -> Tensor | None:
     """The boolean mask (B, 1, T, S), True where a token may attend; None stands for plain causal attention.
 
-    ``mask`` is the caller's (T, S) or (B, T, S); the window is laid over it by position, so it holds in a packed row too.
+    ``mask`` is the caller's (T, S) or (B, T, S); the window is laid over it by position, as a packed row needs.
     """
     if mask is None:
         if window is None or window >= positions.shape[1]:
