@@ -1,4 +1,4 @@
-"""How much memory a run needs, computed from the configuration alone: exact for what is counted, estimated where said."""
+"""How much memory a run needs, from the configuration alone: exact for what is counted, estimated where said."""
 
 from __future__ import annotations
 
