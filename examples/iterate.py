@@ -32,6 +32,7 @@ EMBEDDED: dict[str, Any] = {
     "learning_rate": 5e-4,
     "max_new_tokens": 64,
     "reflection_tokens": 160,
+    "repetition_penalty": 1.0,  # it would tax every fact that a personal reply takes up from the dialogue
 }
 
 

@@ -210,3 +210,20 @@ def test_training_continues_to_the_same_weights(tmp_path: Path, tokenizer: ChatT
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match="other settings"):
         training.train(tokenizer, training.Settings(steps=5), tmp_path / "parts.pt")
+
+
+def test_orthogonal_keeps_directions_and_levels_sizes() -> None:
+    torch.manual_seed(0)
+    for shape in ((16, 48), (48, 16)):
+        matrix = torch.randn(shape)
+        levelled = training.orthogonal(matrix)
+        assert torch.linalg.svdvals(levelled).sub(1).abs().max() < 0.4
+        assert (matrix * levelled).sum() > 0.7 * torch.linalg.svdvals(matrix).sum()
+
+
+def test_shared_contexts_give_the_losses_of_separate_rows(tokenizer: ChatTokenizer) -> None:
+    model = load_model(FOLDER / "backbone")
+    row = lessons.encode_row(tokenizer, lessons.make_row(Random(2), 1.0))
+    together = training.token_losses(model, row)[0]
+    apart = torch.cat([training.token_losses(model, [example])[0] for example in row])
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
