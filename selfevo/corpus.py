@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from selfevo.datasets import load_alpaca, load_dialogues, load_esconv
+from selfevo.datasets import load_alpaca, load_dialogues
 from selfevo.dialogue import (
     Dialogue,
     Example,
@@ -75,14 +75,14 @@ def load_corpus(
     training dialogues, are split into one part per iteration. ``limit`` bounds the records taken of each file (0: all).
     """
     counts: dict[str, dict[str, int]] = {}
-    human = _dialogues(esconv, load_esconv, limit, counts)
+    human = _dialogues(esconv, limit, counts)
     train, held_out = split_dialogues(human, (0.9, 0.1), seed=seed)
     if test:
-        tested = _dialogues(test, load_dialogues, limit, counts)
+        tested = _dialogues(test, limit, counts)
     else:
         tested = held_out
         train, held_out = split_dialogues(train, (0.9, 0.1), seed=seed + 1)
-    sources = [dialogue for path in synthetic for dialogue in _dialogues(path, load_dialogues, limit, counts)] or train
+    sources = [dialogue for path in synthetic for dialogue in _dialogues(path, limit, counts)] or train
     parts = split_dialogues(sources, (1 / iterations,) * iterations, seed=seed + 2)
     test_counts = _counter(counts, test or esconv, "targets")
     corpus = Corpus(
@@ -103,11 +103,9 @@ def _counter(counts: dict[str, dict[str, int]], path: str, what: str) -> Counter
     return counter
 
 
-def _dialogues(
-    path: str, load: Callable[..., list[Dialogue]], limit: int, counts: dict[str, dict[str, int]]
-) -> list[Dialogue]:
+def _dialogues(path: str, limit: int, counts: dict[str, dict[str, int]]) -> list[Dialogue]:
     counter = _counter(counts, path, "dialogues")
-    dialogues = load(path, counter)
+    dialogues = load_dialogues(path, counter)
     cleaned = [clean_dialogue(dialogue, counter) for dialogue in (dialogues[:limit] if limit else dialogues)]
     kept = [dialogue for dialogue in cleaned if dialogue.turns]
     counter["dialogues"] = len(kept)

@@ -44,9 +44,9 @@ def reflection(rng: Random, known: Mapping[str, str], reply: str, newest: Sequen
     )
 
 
-def own_reply(rng: Random, known: Mapping[str, str], newest: Sequence[str]) -> str:
-    """A reply of the sort that the model may have given before it is asked to reflect."""
-    sort = rng.choices(list(OWN_REPLIES), list(OWN_REPLIES.values()))[0]
+def own_reply(rng: Random, known: Mapping[str, str], newest: Sequence[str], sort: str = "") -> str:
+    """A reply of a sort (by default a random one) that the model may have given before it is asked to reflect."""
+    sort = sort or rng.choices(list(OWN_REPLIES), list(OWN_REPLIES.values()))[0]
     if sort == "long":
         return world.long_reply(rng)[1]
     if sort == "short":

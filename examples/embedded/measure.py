@@ -1,6 +1,9 @@
 """How well a backbone does what the loop asks of it, on users that share no two facts with those it was trained on.
 
-python examples/embedded/measure.py --backbone examples/embedded/backbone --dialogues 40
+    python examples/embedded/measure.py --backbone examples/embedded/backbone --dialogues 40
+
+Columns: greedy; sampled as in the loop, under the prompt with strategies and the plain one; then sampled reflections on
+replies that are given: short general ones, personal ones, and personal ones meant for somebody else.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
+import lessons
 import torch
 import words as w
 import world
@@ -19,7 +23,7 @@ from world import Dialogue
 from selfevo.generate import Sampling, generate
 from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
 from selfevo.prompts import Reflection, reflection_prompt, reply_prompt
-from selfevo.refine import parse_reflection
+from selfevo.refine import LENGTH_RATIO, parse_reflection
 
 HERE = Path(__file__).parent
 GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0)
@@ -37,9 +41,18 @@ def held_out(count: int, seed: int = 1) -> list[tuple[Dialogue, int]]:
 
 
 def measure(
-    model: Transformer, tokenizer: ChatTokenizer, cases: list[tuple[Dialogue, int]], *, style: str, greedy: bool
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    cases: list[tuple[Dialogue, int]],
+    *,
+    style: str = "strategies",
+    greedy: bool = False,
+    given: str = "",
 ) -> dict[str, float]:
-    """Plain replies, then reflections on them: rates between 0 and 1, and the mean number of words."""
+    """Plain replies, then reflections on them: rates between 0 and 1, and the mean number of words.
+
+    With ``given`` the replies are of that sort and not the model's: short, personal or wrong (of another person).
+    """
     stops, how = tokenizer.stop_ids, vars(GREEDY if greedy else LOOP)
 
     def answer(prompts: list[list[dict[str, str]]], limit: int) -> list[str]:
@@ -48,7 +61,11 @@ def measure(
         return [tokenizer.decode(reply) for reply in replies]
 
     prompts = [reply_prompt(dialogue.messages(turn), style) for dialogue, turn in cases]
-    replies = answer(prompts, 64)
+    if given:
+        rng = Random(f"{given}-measure")
+        replies = [lessons.own_reply(rng, d.known(turn), d.turns[turn].reveals, given) for d, turn in cases]
+    else:
+        replies = answer(prompts, 64)
     thoughts = answer([reflection_prompt(prompt, reply) for prompt, reply in zip(prompts, replies)], 200)
     counts: Counter[str] = Counter()
     for (dialogue, turn), reply, thought in zip(cases, replies, thoughts):
@@ -61,6 +78,8 @@ def measure(
         if understood is not None:
             counts["parsed"] += 1
             counts += _compare(understood, dialogue, turn)
+            counts["too_long"] += len(understood.refined.split()) > LENGTH_RATIO * len(reply.split())
+            counts["low"] += understood.score in (1, 2)
     return _rates(counts)
 
 
@@ -95,6 +114,7 @@ def _rates(counts: Counter[str]) -> dict[str, float]:
         "reflection: usable": ("parsed", "replies"), "facts: told and found": ("right", "facts"),
         "facts: found and true": ("right", "listed"), "emotion": ("emotion", "parsed"),
         "personality": ("personality", "parsed"), "intention": ("intention", "parsed"),
+        "score 1 or 2": ("low", "parsed"), "refined: too long a pair": ("too_long", "parsed"),
         "refined: words": ("refined_words", "parsed"), "refined: uses a fact": ("refined_personal", "chances"),
         "refined: wrong person": ("refined_wrong", "parsed"),
     }  # fmt: skip
@@ -112,13 +132,14 @@ def main() -> None:
     model, tokenizer = load_model(arguments.backbone), load_tokenizer(arguments.backbone)
     cases = held_out(arguments.dialogues)
     table = {
-        "greedy, strategies": measure(model, tokenizer, cases, style="strategies", greedy=True),
-        "sampled as in the loop, strategies": measure(model, tokenizer, cases, style="strategies", greedy=False),
-        "sampled as in the loop, plain": measure(model, tokenizer, cases, style="plain", greedy=False),
+        "greedy": measure(model, tokenizer, cases, greedy=True),
+        "sampled": measure(model, tokenizer, cases),
+        "plain": measure(model, tokenizer, cases, style="plain"),
     }
-    for name in next(iter(table.values())):
-        print(f"{name:26}", *(f"{column[name]:8}" for column in table.values()))
-    print("columns:", "; ".join(table))
+    table |= {sort: measure(model, tokenizer, cases, given=sort) for sort in ("short", "personal", "wrong")}
+    print(" " * 26, *(f"{column:>8}" for column in table))
+    for name in table["greedy"]:
+        print(f"{name:26}", *(f"{rates[name]:8}" for rates in table.values()))
     if arguments.out:
         Path(arguments.out).write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
 
