@@ -88,8 +88,7 @@ class SentencePieceBackend:
         return list(self._model.Encode(text))
 
     def decode(self, ids: list[int]) -> str:
-        special = set(self.special.values())
-        return str(self._model.Decode([i for i in ids if i not in special]))
+        return str(self._model.Decode(ids))
 
 
 class ChatTokenizer:
@@ -97,6 +96,7 @@ class ChatTokenizer:
 
     def __init__(self, backend: Backend, chat_format: ChatFormat, folder: Path | None = None) -> None:
         self._backend, self._format, self.folder = backend, chat_format, folder
+        self._special = frozenset(backend.special.values())
         self._guarded = frozenset(i for token, i in backend.special.items() if token != "<unk>")
         self.vocab_size = backend.size
         self.stop_ids: tuple[int, ...] = chat_format.stop_ids(self)
@@ -117,7 +117,7 @@ class ChatTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special tokens are left out."""
-        return self._backend.decode([int(i) for i in ids])
+        return self._backend.decode([int(i) for i in ids if int(i) not in self._special])
 
     def encode_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation (``{"role", "content"}`` each), and of what comes before the assistant's answer."""
