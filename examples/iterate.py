@@ -28,8 +28,8 @@ EMBEDDED: dict[str, Any] = {
     "synthetic": (str(HERE / "data" / "synthetic.json"),),
     "replay": str(HERE / "data" / "replay.json"),
     "test": str(HERE / "data" / "test.json"),
-    "sft_learning_rate": 1e-3,
-    "learning_rate": 5e-4,
+    "sft_learning_rate": 3e-4,
+    "learning_rate": 2e-3,
     "max_new_tokens": 64,
     "reflection_tokens": 160,
     "repetition_penalty": 1.0,  # it would tax every fact that a personal reply takes up from the dialogue

@@ -132,7 +132,7 @@ def load_alpaca(path: StrPath, counts: Counter[str] | None = None) -> list[Instr
     for record in _records(path):
         messages = _chat(record, counts)
         if [message["role"] for message in messages[-2:]] != ["user", "assistant"]:
-            _fail(record, "messages", "ending with the user's message and the assistant's", messages[-2:])
+            _fail(record, "messages", "a list ending with a user's and an assistant's message", messages[-2:])
         if not messages[-1]["content"].strip():
             counts["blank_outputs_skipped"] += 1
         elif not messages[-2]["content"].strip():

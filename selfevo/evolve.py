@@ -206,7 +206,8 @@ def load_backbone(config: EvolveConfig) -> tuple[Transformer, ChatTokenizer]:
 
 
 def _is_trained(folder: Path) -> bool:
-    return (folder / "adapter_model.safetensors").is_file() and not (folder / "checkpoint.pt").is_file()
+    """Whether a stage's adapter is whole: its configuration is written last, then the checkpoint is removed."""
+    return (folder / "adapter_config.json").is_file() and not (folder / "checkpoint.pt").is_file()
 
 
 def _restore(model: Transformer, folder: Path) -> None:
@@ -232,7 +233,15 @@ def _acquire(config: EvolveConfig, model: Transformer, tokenizer: ChatTokenizer,
     write_json(folder / "sft.json", dict(sorted(counts.items())))
     inject_lora(model, config.rank, config.alpha, config.lora_dropout, seed=config.seed)
     settings = config.training(config.sft_learning_rate)
-    train(model, items, folder, settings, held_out=held_out, label="M0: learning from human dialogues")
+    train(
+        model,
+        items,
+        folder,
+        settings,
+        held_out=held_out,
+        base_model=config.backbone,
+        label="M0: learning from human dialogues",
+    )
 
 
 def _improve(
@@ -271,6 +280,7 @@ def _improve(
         folder,
         replace(config.training(config.learning_rate), seed=config.seed + iteration),
         held_out=objective(held) if held else None,
+        base_model=config.backbone,
         label=f"M{iteration}: preferring refined replies",
     )
 

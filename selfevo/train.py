@@ -78,13 +78,15 @@ def train(
     settings: TrainSettings,
     *,
     held_out: Objective | None = None,
+    base_model: str = "",
     label: str = "training",
 ) -> list[dict[str, Any]]:
     """Trains the adapters of ``model`` in place and writes them to ``folder``; returns the metrics of every step.
 
     With ``held_out`` items the adapter of the best evaluation is kept, and training stops after ``patience``
     evaluations without improvement. Writes ``metrics.jsonl`` as it goes, ``checkpoint.pt`` from time to time (and
-    continues from one that is there), then the adapter in PEFT's format; the checkpoint is then removed.
+    continues from one that is there), then the adapter in PEFT's format, noting ``base_model`` in it; the checkpoint
+    is then removed.
     """
     if len(objective) == 0:
         raise ValueError(f"{label}: there are no items to train on")
@@ -111,7 +113,7 @@ def train(
             bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
     if progress.best_adapter is not None:
         _assign(parameters, progress.best_adapter)
-    save_adapter(model, folder)
+    save_adapter(model, folder, base_model=base_model)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return progress.metrics
 

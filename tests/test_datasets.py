@@ -281,6 +281,11 @@ EXTES_TURNS: dict[str, tuple[dict[str, Any], list[Turn], dict[str, int]]] = {
         [Turn("supporter", "x", ("Clarification",))],
         {"text_objects_unwrapped": 1},
     ),
+    "object, null beside it": (
+        {"AI Strategy": None, "AI": {"AI strategy": "Clarification", "Response": "x"}},
+        [Turn("supporter", "x", ("Clarification",))],
+        {"text_objects_unwrapped": 1},
+    ),
     "object without a strategy": (
         {"AI": {"Response": "x"}},
         [Turn("supporter", "x")],
@@ -325,6 +330,7 @@ def test_a_bracketed_strategy_is_taken_from_an_assistants_text_only_if_it_is_one
         ("assistant", "[smiles] c"),
         ("assistant", "[] d"),
         ("assistant", "[Others]"),
+        ("assistant", "[Others]  e"),
     ]
     path = save([{"messages": [{"role": role, "content": text} for role, text in contents]}])
     counts: Counter[str] = Counter()
@@ -336,6 +342,7 @@ def test_a_bracketed_strategy_is_taken_from_an_assistants_text_only_if_it_is_one
         Turn("supporter", "[smiles] c"),
         Turn("supporter", "[] d"),
         Turn("supporter", "", ("Others",)),
+        Turn("supporter", " e", ("Others",)),
     )
     assert dialogue.system == ""
     assert counts == {"strategies_renamed": 1}
@@ -353,6 +360,7 @@ def test_alpaca_takes_input_history_system_and_messages_and_skips_what_teaches_n
             {"instruction": " ", "output": "o"},
             {"instruction": "i", "input": None, "output": "o", "history": None},
             {"messages": spoken},
+            {"instruction": "i", "input": "\n", "output": "o"},
         ]
     )
     counts: Counter[str] = Counter()
@@ -362,8 +370,9 @@ def test_alpaca_takes_input_history_system_and_messages_and_skips_what_teaches_n
         ("data/2", ["x", "o"]),
         ("data/4", ["i", "o"]),
         ("data/5", ["s", "u", "a"]),
+        ("data/6", ["i", "o"]),
     ]
-    assert instructions[-1] == Instruction("data/5", tuple(spoken))
+    assert instructions[-2] == Instruction("data/5", tuple(spoken))
     assert [message["role"] for message in instructions[0].messages] == ["system", *["user", "assistant"] * 2]
     assert counts == {"blank_outputs_skipped": 1, "blank_instructions_skipped": 1}
 
@@ -450,8 +459,8 @@ def test_a_bad_record_is_named_by_file_index_and_field(
         ({"instruction": "i", "output": "o", "history": [["a"]]}, r"history\[0\] should be a pair of texts"),
         ({"instruction": "i", "output": "o", "history": [["a", 1]]}, r"history\[0\] should be text, but is 1"),
         ({"instruction": "i", "output": "o", "history": "x"}, r"history should be a list"),
-        ({"messages": [{"role": "user", "content": "a"}]}, r"messages should be ending with"),
-        ({"messages": []}, r"messages should be ending with"),
+        ({"messages": [{"role": "user", "content": "a"}]}, r"messages should be a list ending with"),
+        ({"messages": []}, r"messages should be a list ending with"),
     ],
 )
 def test_a_bad_alpaca_record_is_named(save: Callable[[Any], Path], record: Any, complaint: str) -> None:

@@ -96,6 +96,8 @@ def test_a_run_leaves_every_file_of_the_layout(finished: Path) -> None:
         expected |= {f"{name}/{file}" for file in ("pairs.jsonl", "filter.json", "reference.json", "replies.jsonl")}
         expected |= {f"{name}/reflections-{attempt}.jsonl" for attempt in (1, 2)}
     assert stored == expected
+    ordinary = (finished / "config.json").stat().st_mode
+    assert all((finished / file).stat().st_mode == ordinary for file in stored)
 
 
 def test_the_first_dpo_step_of_every_iteration_has_loss_log_2(finished: Path) -> None:
@@ -195,7 +197,7 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_adapters_and_pairs(
     config = configuration(world, tmp_path / "killed")
     run = Path(config.out)
     moments = [
-        ("config.json", "after"), ("M0/checkpoint.pt", "after"), ("M0/adapter_model.safetensors", "before"),
+        ("/config.json", "after"), ("M0/checkpoint.pt", "after"), ("M0/adapter_model.safetensors", "before"),
         ("M0/adapter_model.safetensors", "after"), ("eval/M0.replies.jsonl", "before"), ("M1/replies.jsonl", "after"),
         ("M1/reflections-2.jsonl", "before"), ("M1/pairs.jsonl", "after"), ("M1/reference.json", "after"),
         ("M1/checkpoint.pt", "after"), ("M1/adapter_config.json", "after"), ("eval/M1.json", "before"),
@@ -224,7 +226,7 @@ def test_a_finished_run_is_not_touched_by_resuming_it(finished: Path, world: Pat
 def test_a_reference_of_other_pairs_is_refused(finished: Path, world: Path, tmp_path: Path) -> None:
     run = tmp_path / "copy"
     shutil.copytree(finished, run)
-    (run / "M2" / "adapter_model.safetensors").unlink()
+    (run / "M2" / "adapter_config.json").unlink()
     lines = (run / "M2" / "pairs.jsonl").read_text().splitlines(keepends=True)
     (run / "M2" / "pairs.jsonl").write_text("".join(lines[:-1]))
     with pytest.raises(RunError, match=r"reference\.json: was computed with another model or other pairs"):

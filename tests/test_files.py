@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfevo.files import (
@@ -31,7 +31,8 @@ JSON_VALUES = st.recursive(
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(st.characters()),
+    # Half a pair must survive; two halves side by side are one character to JSON, so the low halves are left out.
+    | st.text(st.characters(max_codepoint=0xDBFF) | st.characters(min_codepoint=0xE000)),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
@@ -45,6 +46,7 @@ def test_json_lines_keep_every_text_and_every_record_on_its_line(tmp_path: Path)
     assert [record["text"] for _, record in read_records(path)] == ODD_TEXTS
 
 
+@settings(deadline=None)
 @given(JSON_VALUES)
 def test_what_is_written_as_json_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, value: Any) -> None:
     path = tmp_path_factory.getbasetemp() / "value.json"
@@ -106,11 +108,14 @@ def test_a_writer_that_fails_changes_nothing_and_leaves_nothing_behind(tmp_path:
 def test_the_target_keeps_its_old_content_until_the_writer_is_done(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     path.write_text("old")
-    with replace_file(path) as temporary:
-        temporary.write_text("new")
-        assert temporary.parent == tmp_path  # a rename is atomic within one file system only
-        assert path.read_text() == "old"
-    assert path.read_text() == "new"
+    with path.open() as reader:
+        with replace_file(path) as temporary:
+            temporary.write_text("new")
+            assert temporary.parent == tmp_path  # a rename is atomic within one file system only
+            assert path.read_text() == "old"
+        assert path.read_text() == "new"
+        # Renamed, not copied over: who had the file open never sees a mixture.
+        assert reader.read() == "old"
     assert os.listdir(tmp_path) == ["model.bin"]
 
 

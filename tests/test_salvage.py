@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfevo.salvage import Salvaged, json_object_end, salvage_json
@@ -23,6 +23,7 @@ OBJECTS = st.dictionaries(TEXTS, VALUES, max_size=4)
 PROSE = st.text(st.characters(exclude_characters="{"), max_size=20)
 
 
+@settings(deadline=None)
 @given(OBJECTS, st.booleans(), st.sampled_from([None, 0, 2]))
 def test_proper_json_is_read_as_json_reads_it(value: dict[str, Any], ascii_only: bool, indent: int | None) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
@@ -30,6 +31,7 @@ def test_proper_json_is_read_as_json_reads_it(value: dict[str, Any], ascii_only:
     assert json_object_end(text) == len(text)
 
 
+@settings(deadline=None)
 @given(OBJECTS, PROSE, PROSE)
 def test_text_before_and_after_makes_no_difference(value: dict[str, Any], before: str, after: str) -> None:
     text = json.dumps(value)
@@ -54,6 +56,7 @@ def is_beginning(part: Any, whole: Any) -> bool:
     return part is whole
 
 
+@settings(deadline=None)
 @given(OBJECTS, st.booleans(), st.data())
 def test_a_cut_object_keeps_exactly_what_had_been_written(
     value: dict[str, Any], ascii_only: bool, data: st.DataObject
@@ -67,6 +70,7 @@ def test_a_cut_object_keeps_exactly_what_had_been_written(
         assert is_beginning(salvaged.value, value)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(st.text("abc ", min_size=1), st.text("xyz '\\\"", min_size=1), min_size=2), st.data())
 def test_cutting_the_last_string_loses_no_earlier_member(value: dict[str, str], data: st.DataObject) -> None:
     text = json.dumps(value)
@@ -81,11 +85,13 @@ def test_cutting_the_last_string_loses_no_earlier_member(value: dict[str, str], 
 ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=12)
 
 
+@settings(deadline=None)
 @given(st.dictionaries(ASCII, ASCII | st.booleans() | st.none() | st.lists(ASCII, max_size=3), min_size=1))
 def test_a_python_dict_is_read_as_the_same_value(value: dict[str, Any]) -> None:
     assert salvage_json(f"Here you are: {value!r}.") == Salvaged(value, True)
 
 
+@settings(deadline=None)
 @given(st.text("{}[]\"'“”‘’\\,:;`abTrueN 1-\n") | st.text())
 def test_no_text_raises_and_both_functions_agree_on_what_is_complete(text: str) -> None:
     salvaged = salvage_json(text)
@@ -115,6 +121,8 @@ MENDED = {
     "trailing commas": ('{"a": ["x", "y",], "b": 1,}', {"a": ["x", "y"], "b": 1}),
     "leading and double commas": ('{, "a": [,1,,2], , "b": 1}', {"a": [1, 2], "b": 1}),
     "lost comma, new line": ('{"a": "x"\n "b": 3\n "c": true\n d: "y"}', {"a": "x", "b": 3, "c": True, "d": "y"}),
+    "lost comma, bare key": ('{"a": "x"\n b: "y"}', {"a": "x", "b": "y"}),
+    "unescaped quotes and a colon": ('{"a": "He said "no" note: x"}', {"a": 'He said "no" note: x'}),
     "lost comma, same line": ('{"a": "x" "b": 3 "c": {"d": 1} "e": [1] "f": "y"}',
                               {"a": "x", "b": 3, "c": {"d": 1}, "e": [1], "f": "y"}),
     "lost comma, single quotes": ("{'a': 4 'b': 'x' 'c': None}", {"a": 4, "b": "x", "c": None}),
@@ -169,7 +177,9 @@ def test_a_cut_off_end_is_closed_and_flagged(text: str, expected: dict[str, Any]
     assert json_object_end(text) is None
 
 
-@pytest.mark.parametrize("text", ["", "no object", "{", "}", '{"a', '{"a"', '{"a":', "{sad}", "[1, 2]", '"{"'])
+@pytest.mark.parametrize(
+    "text", ["", "no object", "{", "}", '{"a', '{"a"', '{"a":', "{sad}", "[1, 2]", '{"{}', '{"{}"', '"{"']
+)
 def test_where_nothing_can_be_had_there_is_none(text: str) -> None:
     assert salvage_json(text) is None
     assert json_object_end(text) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -15,12 +16,11 @@ from selfevo.models import ChatTokenizer, TokenizerError, load_tokenizer
 from selfevo.models.chat import ChatError
 
 FORMATS = ("llama3", "qwen2", "mistral-v0.3")
-_LOADED: dict[Path, ChatTokenizer] = {}
 
 
+@functools.cache
 def tokenizer_of(shared: Path, name: str) -> ChatTokenizer:
-    folder = shared / ("models" if name == "story" else "tokenizers") / name
-    return _LOADED.setdefault(folder, load_tokenizer(folder))
+    return load_tokenizer(shared / ("models" if name == "story" else "tokenizers") / name)
 
 
 def oracle(entry: dict[str, Any]) -> Any:

@@ -220,7 +220,10 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
     for number, shard in enumerate(shards, 1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         partial = folder / f"{name}.partial"
+        partial.touch()
+        mode = partial.stat().st_mode  # what the user's umask gives; safetensors would leave files to the owner alone
         save_file(shard, partial, metadata={"format": "pt"})
+        partial.chmod(mode)
         partial.replace(folder / name)
     if len(shards) > 1:
         count = len(shards)
