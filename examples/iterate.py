@@ -107,6 +107,11 @@ def main() -> int:
         return 130
     print()
     print((run / "eval" / "table.md").read_text(encoding="utf-8"))
+    if config.backbone == EMBEDDED["backbone"] and config.test == EMBEDDED["test"]:
+        sys.path.insert(0, str(HERE))
+        import show
+
+        print(show.describe(run), end="\n\n")
     print(f"adapters, pairs, replies and scores: {run}")
     return 0
 

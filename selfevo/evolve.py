@@ -191,6 +191,12 @@ def load_backbone(config: EvolveConfig) -> tuple[Transformer, ChatTokenizer]:
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        available = torch.device(device).type != "cuda" or torch.cuda.is_available()
+    except RuntimeError as error:
+        raise RunError(f"{device!r} is not a device: {str(error).splitlines()[0]}") from error
+    if not available:
+        raise RunError(f"the device {device!r} was asked for, but torch finds no GPU here")
     kind = config.dtype
     if kind == "auto":
         kind = "float32" if device == "cpu" else "bfloat16"
