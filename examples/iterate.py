@@ -29,7 +29,8 @@ EMBEDDED: dict[str, Any] = {
     "replay": str(HERE / "data" / "replay.json"),
     "test": str(HERE / "data" / "test.json"),
     "sft_learning_rate": 3e-4,
-    "learning_rate": 2e-3,
+    "learning_rate": 1e-3,
+    "temperature": 0.6,
     "max_new_tokens": 64,
     "reflection_tokens": 160,
     "repetition_penalty": 1.0,  # it would tax every fact that a personal reply takes up from the dialogue
