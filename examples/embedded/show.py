@@ -24,8 +24,9 @@ SAMPLES = 3
 
 def read_replies(run: Path) -> tuple[list[Example], dict[str, list[str]]]:
     """The test turns of a run, and every model's replies to them."""
-    test = read_json(run / "config.json")["settings"]["test"]
-    dialogues = [clean_dialogue(dialogue, Counter()) for dialogue in load_dialogues(test)]
+    settings = read_json(run / "config.json")["settings"]
+    records = load_dialogues(settings["test"])[: settings["limit"] or None]
+    dialogues = [clean_dialogue(dialogue, Counter()) for dialogue in records]
     examples = [example for dialogue in dialogues for example in reply_examples(dialogue, Counter())]
     names = list(read_json(run / "eval" / "scores.json"))
     replies = {name: [r["text"] or "" for r in read_jsonl(run / "eval" / f"{name}.replies.jsonl")] for name in names}
