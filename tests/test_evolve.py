@@ -220,7 +220,8 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_adapters_and_pairs(
 def test_the_embedded_default_runs_to_the_tables(tmp_path: Path) -> None:
     result = iterate(["--limit", "8", "--epochs", "1", "--iterations", "1", "--out", str(tmp_path / "run")])
     assert result.returncode == 0, result.stderr[-2000:]
-    assert [line for line in result.stdout.splitlines() if line.startswith("| M1 |")][0].count("|") == 12
+    row = next(line for line in result.stdout.splitlines() if line.startswith("| M1 |"))
+    assert row.count("|") == 12
     assert "replies that use a fact of this user" in result.stdout
     counts = json.loads((tmp_path / "run" / "M1" / "filter.json").read_text())
     assert counts["kept_refined"] > 0  # the backbone does reflect
