@@ -75,7 +75,7 @@ def evaluate_model(
             "model": name,
             "replies": len(answered),
             "left_out_too_long": len(examples) - len(answered),
-            "contexts_cut": sum(bool(reply.turns_dropped) for reply in replies),
+            "contexts_cut": sum(bool(reply.turns_dropped) for reply in replies if reply.text is not None),
             "scores": {key: vars(score) for key, score in scores.items()},
         }
         write_json(path, report)

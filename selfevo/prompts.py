@@ -95,6 +95,6 @@ def _as_score(value: Any) -> int | None:
         value = value.strip().split("/")[0]
     try:
         score = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last for a model that repeats a digit hundreds of times
         return None
-    return int(score) if score in (1, 2, 3, 4, 5) else None
+    return int(score) if score in (1, 2, 3, 4, 5) and not isinstance(value, bool) else None

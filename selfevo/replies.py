@@ -129,6 +129,6 @@ def _sample_chunk(
         if ids is None:
             replies.append(Reply(None, turns_dropped=prompt.turns_dropped))
             continue
-        cut = len(ids) == max_new_tokens
+        cut = len(ids) == max_new_tokens and not stop(ids)
         replies.append(Reply(tokenizer.decode(ids).strip(), len(ids), cut, prompt.turns_dropped))
     return replies

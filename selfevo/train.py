@@ -50,7 +50,8 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "accumulation", "evaluations_per_epoch", "patience", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.learning_rate <= 0 or not 0 <= self.warmup <= 1 or self.max_grad_norm <= 0 or self.weight_decay < 0:
+        rates_fit = 0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf  # NaN fits nowhere
+        if not (rates_fit and self.max_grad_norm > 0 and 0 <= self.warmup <= 1):
             raise ValueError(
                 "learning_rate and max_grad_norm must be positive, weight_decay not negative, warmup within [0, 1]: "
                 f"{self.learning_rate}, {self.max_grad_norm}, {self.weight_decay}, {self.warmup}"
