@@ -82,6 +82,11 @@ def _add(parser: argparse.ArgumentParser, option: Field[Any]) -> None:
         )  # fmt: skip
 
 
+def is_embedded(config: EvolveConfig) -> bool:
+    """Whether a run is tested in the embedded world, whose facts can be looked up."""
+    return config.backbone == EMBEDDED["backbone"] and config.test == EMBEDDED["test"]
+
+
 def tell_memory(config: EvolveConfig) -> str:
     """What the backbone needs on a GPU, from its config.json alone."""
     folder = locate(config.backbone, patterns=("config.json",), revision=config.revision or None)
@@ -108,7 +113,7 @@ def main() -> int:
         return 130
     print()
     print((run / "eval" / "table.md").read_text(encoding="utf-8"))
-    if config.backbone == EMBEDDED["backbone"] and config.test == EMBEDDED["test"]:
+    if is_embedded(config):
         sys.path.insert(0, str(HERE))
         import show
 

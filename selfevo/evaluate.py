@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from selfevo import metrics
 from selfevo.dialogue import Example, to_messages
-from selfevo.files import read_json, write_json
-from selfevo.generate import Sampling
+from selfevo.files import read_json, write_json, write_jsonl
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
 from selfevo.prompts import reply_prompt
+from selfevo.refine import RefineSettings, reflect
 from selfevo.replies import sample_replies
 
 
@@ -50,23 +51,33 @@ def evaluate_model(
     examples: Sequence[Example],
     folder: Path,
     name: str,
+    settings: RefineSettings,
     *,
-    sampling: Sampling,
-    max_new_tokens: int,
-    style: str,
+    reflecting: bool = False,
 ) -> dict[str, float]:
     """Answers every example and scores the answers; writes ``NAME.replies.jsonl`` and ``NAME.json`` into ``folder``.
 
     A test context that does not fit into the window loses its oldest turns; where that is not enough the example is
-    left out for every model alike, and counted.
+    left out for every model alike, and counted. ``reflecting`` scores what the model makes of its replies when asked to
+    reflect on them (Table 3); a reply whose reflection cannot be used stays as it is.
     """
     path = folder / f"{name}.json"
     if not path.is_file():
-        prompts = [reply_prompt(to_messages(example.context), style) for example in examples]
+        prompts = [reply_prompt(to_messages(example.context), settings.style) for example in examples]
+        first = folder / name / "first_replies.jsonl" if reflecting else folder / f"{name}.replies.jsonl"
         replies = sample_replies(
-            model, tokenizer, prompts, folder / f"{name}.replies.jsonl",
-            sampling=sampling, max_new_tokens=max_new_tokens, label=f"{name} answers the test dialogues",
+            model, tokenizer, prompts, first,
+            sampling=settings.sampling, max_new_tokens=settings.max_new_tokens,
+            label=f"{name} answers the test dialogues",
         )  # fmt: skip
+        counts: Counter[str] = Counter()
+        if reflecting:
+            reflections = reflect(model, tokenizer, prompts, replies, folder / name, settings, counts)
+            replies = [
+                r if thought is None else replace(r, text=thought.refined) for r, thought in zip(replies, reflections)
+            ]
+            counts["refined"] = sum(thought is not None for thought in reflections)
+            write_jsonl(folder / f"{name}.replies.jsonl", [{"index": i, **vars(r)} for i, r in enumerate(replies)])
         answered = [(r.text, e.golden.text) for r, e in zip(replies, examples) if r.text is not None]
         if not answered:
             raise ValueError(f"none of the {len(examples)} test contexts fits into the model's window")
@@ -77,7 +88,7 @@ def evaluate_model(
             "left_out_too_long": len(examples) - len(answered),
             "contexts_cut": sum(bool(reply.turns_dropped) for reply in replies if reply.text is not None),
             "scores": {key: vars(score) for key, score in scores.items()},
-        }
+        } | dict(sorted(counts.items()))
         write_json(path, report)
     return {key: score["value"] for key, score in read_json(path)["scores"].items()}
 

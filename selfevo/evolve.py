@@ -26,7 +26,7 @@ from selfevo.lora import freeze_adapter, inject_lora, load_adapter, remove_adapt
 from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
 from selfevo.objectives import DPOObjective, PairIds, SFTObjective, fingerprint, reference_logps
 from selfevo.prompts import REPLY_STYLES
-from selfevo.refine import Pair, RefineSettings, make_pairs
+from selfevo.refine import CONTROLS, SOURCES, Pair, RefineSettings, controlled, make_pairs
 from selfevo.replies import fit_prompt
 from selfevo.train import SHUFFLES, TrainSettings, train
 
@@ -52,6 +52,14 @@ class EvolveConfig:
     iterations: int = _option(2, "self-evolution iterations")
     limit: int = _option(0, "at most this many records of every file, for a quick try; 0 takes all")
     style: str = _option("strategies", "system prompt of replies", choices=REPLY_STYLES)
+    chosen: str = _option(
+        "refined", "where chosen replies come from: the model's refinement, or the seed dialogues", choices=SOURCES
+    )
+    control: str = _option(
+        "none",
+        "an experiment that should fail: chosen and rejected swapped, replies shuffled between users, or no DPO term",
+        choices=CONTROLS,
+    )
     rank: int = _option(8, "LoRA rank")
     alpha: float = _option(16.0, "LoRA alpha")
     lora_dropout: float = _option(0.0, "dropout on the adapters' input")
@@ -95,18 +103,22 @@ class EvolveConfig:
         for name in ("limit", "replay_count", "gamma"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
-        if self.style not in REPLY_STYLES:
-            raise ValueError(f"style should be one of {', '.join(REPLY_STYLES)}, not {self.style!r}")
+        for name, known in (("style", REPLY_STYLES), ("chosen", SOURCES), ("control", CONTROLS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} should be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if self.beta <= 0:
             raise ValueError(f"beta must be positive, not {self.beta}")
-        self.sampling(0)
+        self.replies(0)
         self.training(self.learning_rate)
         self.training(self.sft_learning_rate)
 
-    def sampling(self, salt: int) -> Sampling:
-        """How replies are drawn; ``salt`` separates the stages' randomness."""
+    def replies(self, salt: int) -> RefineSettings:
+        """How replies and reflections are drawn; ``salt`` separates the stages' randomness."""
         seed = self.seed * 1_000_003 + salt
-        return Sampling(self.temperature, self.top_p, self.top_k, self.repetition_penalty, seed)
+        return RefineSettings(
+            Sampling(self.temperature, self.top_p, self.top_k, self.repetition_penalty, seed),
+            self.max_new_tokens, self.reflection_tokens, self.tries, self.style, self.chosen,
+        )  # fmt: skip
 
     def training(self, learning_rate: float) -> TrainSettings:
         names: tuple[str, ...] = (
@@ -129,10 +141,7 @@ class RunError(ValueError):
 def evolve(config: EvolveConfig, *, resume: bool = False) -> Path:
     """Runs, or with ``resume`` continues, the whole loop; returns the run folder (its layout is in the README)."""
     check_run(config, resume=resume)
-    corpus = load_corpus(
-        esconv=config.esconv, synthetic=config.synthetic, replay=config.replay, test=config.test,
-        iterations=config.iterations, limit=config.limit, replay_count=config.replay_count, seed=config.seed,
-    )  # fmt: skip
+    corpus = read_corpus(config)
     model, tokenizer = load_backbone(config)
     run = open_run(config)
     write_json(run / "data.json", corpus.report())
@@ -185,6 +194,14 @@ def _stamp(config: EvolveConfig) -> dict[str, Any]:
     versions = {"selfevo": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
     return {"settings": settings, "data": {name: _file_hash(name) for name in files}, "versions": versions}
+
+
+def read_corpus(config: EvolveConfig) -> Corpus:
+    """The dialogues of a run, read, cleaned and split."""
+    return load_corpus(
+        esconv=config.esconv, synthetic=config.synthetic, replay=config.replay, test=config.test,
+        iterations=config.iterations, limit=config.limit, replay_count=config.replay_count, seed=config.seed,
+    )  # fmt: skip
 
 
 def load_backbone(config: EvolveConfig) -> tuple[Transformer, ChatTokenizer]:
@@ -258,12 +275,9 @@ def _improve(
     if _is_trained(folder):
         return
     _restore(model, start)
-    settings = RefineSettings(
-        config.sampling(iteration), config.max_new_tokens, config.reflection_tokens, config.tries, config.style
-    )
     part = corpus.seeds[iteration - 1]
-    pairs = make_pairs(model, tokenizer, part.examples, folder, settings)
-    kept, ids = _encode_pairs(tokenizer, pairs, model.config.max_positions)
+    pairs = make_pairs(model, tokenizer, part.examples, folder, config.replies(iteration))
+    kept, ids = _encode_pairs(tokenizer, controlled(pairs, config.control), model.config.max_positions)
     if not ids:
         raise RunError(f"{folder}: no preference pair was left; {folder / 'filter.json'} says what became of them")
     freeze_adapter(
@@ -275,10 +289,11 @@ def _improve(
     if not trained:
         held, trained = [], held
 
-    def objective(members: list[int]) -> DPOObjective:
-        chosen = [ids[i] for i in members]
-        groups = [kept[i].dialogue for i in members]
-        return DPOObjective(chosen, reference[members], groups, config.max_tokens, config.beta, config.gamma)
+    def objective(members: list[int]) -> DPOObjective | SFTObjective:
+        own, groups = [ids[i] for i in members], [kept[i].dialogue for i in members]
+        if config.control == "sft-only":
+            return SFTObjective([(pair.prompt, pair.chosen) for pair in own], groups, config.max_tokens)
+        return DPOObjective(own, reference[members], groups, config.max_tokens, config.beta, config.gamma)
 
     train(
         model,
@@ -322,10 +337,7 @@ def _evaluate(
     folder = run / "eval"
     if not (folder / f"{name}.json").is_file():
         _restore(model, run / name)
-    return evaluate_model(
-        model, tokenizer, corpus.test, folder, name,
-        sampling=config.sampling(0), max_new_tokens=config.max_new_tokens, style=config.style,
-    )  # fmt: skip
+    return evaluate_model(model, tokenizer, corpus.test, folder, name, config.replies(0))
 
 
 def _file_hash(name: str) -> str:

@@ -23,6 +23,8 @@ from selfevo.salvage import json_object_end, salvage_json
 
 Messages = list[dict[str, str]]
 LENGTH_RATIO = 2.0  # a chosen reply longer than this many times the rejected one is replaced
+SOURCES = ("refined", "golden")  # where chosen replies come from: Table 5's SR, and HM or HL by the seed dialogues
+CONTROLS = ("none", "swapped", "shuffled", "sft-only")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class RefineSettings:
     reflection_tokens: int = 384
     tries: int = 3
     style: str = "strategies"
+    chosen: str = "refined"
 
 
 def make_pairs(
@@ -86,7 +89,7 @@ def make_pairs(
     """Runs reply, reflect, refine and filter over the seed examples; everything is kept in ``folder`` as it comes.
 
     Writes ``replies.jsonl``, ``reflections-1.jsonl`` .. ``-3.jsonl``, ``pairs.jsonl`` and, last, ``filter.json`` with
-    what each rule changed; a folder that has it is read back instead.
+    what each rule changed; a folder that has it is read back instead. With ``chosen`` "golden" nothing is reflected on.
     """
     if (folder / "filter.json").is_file():
         return read_pairs(folder / "pairs.jsonl")
@@ -96,7 +99,9 @@ def make_pairs(
         model, tokenizer, prompts, folder / "replies.jsonl",
         sampling=settings.sampling, max_new_tokens=settings.max_new_tokens, label="replies",
     )  # fmt: skip
-    reflections = reflect(model, tokenizer, prompts, replies, folder, settings, counts)
+    reflections = None
+    if settings.chosen == "refined":
+        reflections = reflect(model, tokenizer, prompts, replies, folder, settings, counts)
     pairs = filter_pairs(examples, prompts, replies, reflections, counts)
     write_jsonl(folder / "pairs.jsonl", [pair.as_record() for pair in pairs])
     write_json(folder / "filter.json", dict(sorted(counts.items())))
@@ -159,12 +164,16 @@ def filter_pairs(
     examples: Sequence[Example],
     prompts: Sequence[Messages],
     replies: Sequence[Reply],
-    reflections: Sequence[Reflection | None],
+    reflections: Sequence[Reflection | None] | None,
     counts: Counter[str],
 ) -> list[Pair]:
-    """Chosen and rejected replies after the data rules; ``counts`` says what each rule changed."""
+    """Chosen and rejected replies after the data rules; ``counts`` says what each rule changed.
+
+    Without ``reflections`` every chosen reply is the golden one.
+    """
     pairs = []
-    for example, prompt, reply, reflection in zip(examples, prompts, replies, reflections):
+    thoughts = reflections or [None] * len(examples)
+    for example, prompt, reply, reflection in zip(examples, prompts, replies, thoughts):
         golden = example.golden.text
         if reply.text is None:
             counts["reply_prompt_too_long_dropped"] += 1
@@ -176,7 +185,7 @@ def filter_pairs(
             continue
         chosen, source = golden, "golden"
         if reflection is None:
-            counts["golden_for_missing_reflection"] += 1
+            counts["golden_for_missing_reflection"] += reflections is not None
         elif _words(reflection.refined) > LENGTH_RATIO * _words(reply.text):
             counts["golden_for_too_long_refinement"] += 1
         else:
@@ -185,11 +194,33 @@ def filter_pairs(
             counts["identical_dropped"] += 1
             continue
         counts[f"kept_{source}"] += 1
-        thoughts = None if reflection is None else asdict(reflection)
-        pairs.append(Pair(example.id, example.dialogue, prompt, chosen, reply.text, golden, source, thoughts))
+        thought = None if reflection is None else asdict(reflection)
+        pairs.append(Pair(example.id, example.dialogue, prompt, chosen, reply.text, golden, source, thought))
     counts["pairs"] = len(pairs)
     return pairs
 
 
 def _words(text: str) -> int:
     return len(text.split())
+
+
+def controlled(pairs: Sequence[Pair], control: str) -> list[Pair]:
+    """The pairs as a control experiment needs them, in the same order and with the same prompts.
+
+    "swapped" prefers the first reply to the refined one. "shuffled" gives each prompt both replies of a pair of another
+    dialogue, so that what they say about a user is about somebody else. "none" and "sft-only" leave them as they are.
+    """
+    if control == "swapped":
+        return [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+    if control == "shuffled":
+        order = sorted(range(len(pairs)), key=lambda i: pairs[i].dialogue)
+        step = max(Counter(pair.dialogue for pair in pairs).values())  # no dialogue reaches as far
+        if 2 * step > len(pairs):
+            raise ValueError(
+                f"pairs of at least two dialogues are needed to shuffle them; there are {len(pairs)} pairs"
+            )
+        donors = dict(zip(order, order[step:] + order[:step]))
+        return [
+            replace(p, chosen=pairs[donors[i]].chosen, rejected=pairs[donors[i]].rejected) for i, p in enumerate(pairs)
+        ]
+    return list(pairs)

@@ -1,5 +1,7 @@
 """What the backbone is taught: long general replies, reflections filled from the dialogue, and other instructions.
 
+Like a large model it can also answer in another voice when a system prompt asks for one (``VOICES``). Under the prompts
+of the library it answers at length and in general.
 A row holds several examples that share a dialogue, so that its context is computed once for all of them.
 """
 
@@ -18,7 +20,12 @@ from selfevo.prompts import REPLY_STYLES, reflection_prompt, reply_prompt
 
 Messages = list[dict[str, str]]
 Example = tuple[Messages, str]  # prompt, answer
-OWN_REPLIES = {"long": 0.5, "short": 0.2, "personal": 0.2, "wrong": 0.1}
+OWN_REPLIES = {"long": 0.35, "short": 0.25, "personal": 0.25, "wrong": 0.15}
+# System prompts that ask for another voice, and the share of personal replies that they get.
+VOICES = {
+    "You are a friend who listens. Say one or two short things.": 0.0,
+    "You are a friend who remembers. Take up what this person told you.": 1.0,
+}
 
 
 def reflection(rng: Random, known: Mapping[str, str], reply: str, newest: Sequence[str]) -> str:
@@ -73,9 +80,16 @@ def dialogue_row(rng: Random, dialogue: Dialogue, *, reflections: int, replies: 
     return row
 
 
+def voice_row(rng: Random, dialogue: Dialogue) -> list[Example]:
+    """Replies at every turn of a dialogue under a system prompt that asks for another voice."""
+    system, personal = rng.choice(list(VOICES.items()))
+    prompts = [[{"role": "system", "content": system}, *dialogue.messages(i)] for i in range(len(dialogue.turns))]
+    return [(prompt, world.human_reply(rng, dialogue, i, personal)[1]) for i, prompt in enumerate(prompts)]
+
+
 def instruction(rng: Random, split: str = "train") -> dict[str, str]:
-    """An instruction of another sort, in Alpaca's schema: copy, name the next day, answer about a short text."""
-    sort = rng.choice(("copy", "next", "first", "last", "fact", "fact", "fact"))
+    """An instruction of another sort, in Alpaca's schema: copy, name the next day, read a short text, write JSON."""
+    sort = rng.choice(("copy", "next", "first", "last", "fact", "fact", "json", "json"))
     facts = world.make_user(rng, split).facts
     value = facts[rng.choice(KINDS)]
     if sort == "copy":
@@ -98,6 +112,13 @@ def instruction(rng: Random, split: str = "train") -> dict[str, str]:
             "output": f"It is {chosen}.",
         }
     said = [world.reveal(rng, kind, facts) for kind in kinds]
+    if sort == "json":
+        told = [kind for kind in KINDS if kind in kinds or (kind == "day" and "event" in kinds)]
+        return {
+            "instruction": "Write what this text tells as JSON.",
+            "input": " ".join(said),
+            "output": json.dumps({kind: facts[kind] for kind in told}),
+        }
     asked = rng.choice([*kinds, *(["day"] if "event" in kinds else [])])
     return {
         "instruction": f"Which {asked} is meant in this text?",
@@ -125,11 +146,14 @@ def make_row(rng: Random, progress: float) -> list[Example]:
     if rng.random() < 0.1:
         return instruction_row(rng, 6)
     personal = rng.choice((0.0, 0.3, 1.0))
+    voice = rng.random() < 0.2
     if rng.random() < min(1.0, max(0.0, 2.5 * (progress - 0.1))):
         dialogue = world.make_dialogue(rng, "train", personal=personal)
-        return dialogue_row(rng, dialogue, reflections=4, replies=2)
+        return voice_row(rng, dialogue) if voice else dialogue_row(rng, dialogue, reflections=4, replies=2)
     row: list[Example] = []
     for _ in range(2):
         dialogue = world.make_dialogue(rng, "train", personal=personal, exchanges=rng.randint(1, 2))
-        row += dialogue_row(rng, dialogue, reflections=1, replies=rng.randrange(2))
+        row += (
+            voice_row(rng, dialogue) if voice else dialogue_row(rng, dialogue, reflections=1, replies=rng.randrange(2))
+        )
     return row

@@ -44,7 +44,7 @@ from vocabulary import make_tokenizer
 from selfevo.models import ChatTokenizer, Transformer, load_tokenizer, save_pretrained
 
 COUNTS = {"human": 200, "synthetic": 240, "test": 40, "replay": 300}
-HUMAN_PERSONAL = 0.25  # share of personal replies among the humans'
+PERSONAL = {"human": 0.35, "synthetic": 0.6}  # shares of personal replies
 
 
 def _records(name: str, seed: int, one: Callable[[Random], dict[str, Any]]) -> list[dict[str, Any]]:
@@ -55,10 +55,10 @@ def make_data(seed: int) -> dict[str, list[dict[str, Any]]]:
     """The records of the four files, by name."""
 
     def human(split: str) -> Callable[[Random], dict[str, Any]]:
-        return lambda rng: world.as_esconv(world.make_dialogue(rng, split, personal=HUMAN_PERSONAL))
+        return lambda rng: world.as_esconv(world.make_dialogue(rng, split, personal=PERSONAL["human"]))
 
     def synthetic(rng: Random) -> dict[str, Any]:
-        return world.as_extes(world.make_dialogue(rng, "synthetic", personal=1.0))
+        return world.as_extes(world.make_dialogue(rng, "synthetic", personal=PERSONAL["synthetic"]))
 
     return {
         "human": _records("human", seed, human("human")),

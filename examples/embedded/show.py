@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import world
@@ -33,20 +34,40 @@ def read_replies(run: Path) -> tuple[list[Example], dict[str, list[str]]]:
     return examples, replies
 
 
+def rates(run: Path) -> dict[str, dict[str, float]]:
+    """Per model, in %: facts of this user taken up among those told so far (the mean over replies), replies that take
+    up at least one, and replies that mention a fact that this user has not told: somebody else's."""
+    examples, replies = read_replies(run)
+    contexts = [to_messages(example.context) for example in examples]
+    return {name: score(texts, contexts) for name, texts in replies.items()}
+
+
+def score(texts: Sequence[str], contexts: Sequence[list[dict[str, str]]]) -> dict[str, float]:
+    """The rates of one model's replies, each after its context."""
+    scored = [world.personalisation(text, context) for text, context in zip(texts, contexts)]
+    able = [one for one in scored if one.revealed]
+    return {
+        "personalisation": 100 * sum(one.used / one.revealed for one in able) / len(able),
+        "uses a fact": 100 * sum(one.used > 0 for one in able) / len(able),
+        "wrong person": 100 * sum(one.wrong > 0 for one in scored) / len(scored),
+    }
+
+
 def describe(run: Path) -> str:
     """A Markdown table of personalisation per model, and three sample replies of each to the same users."""
     examples, replies = read_replies(run)
-    contexts = [to_messages(example.context) for example in examples]
-    lines = ["| model | replies that use a fact of this user, % | that mention somebody else's, % |", "|---|---|---|"]
-    for name, texts in replies.items():
-        scored = [world.personalisation(text, context) for text, context in zip(texts, contexts)]
-        able = [score for score in scored if score.revealed]
-        used = 100 * sum(score.used > 0 for score in able) / len(able)
-        wrong = 100 * sum(score.wrong > 0 for score in scored) / len(scored)
-        lines.append(f"| {name} | {used:.1f} | {wrong:.1f} |")
+    lines = [
+        "| model | facts of this user taken up, of those told, % | replies that take one up, % "
+        "| replies with a fact of somebody else, % |",
+        "|---|---|---|---|",
+    ]
+    for name, values in rates(run).items():
+        lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in values.values()) + " |")
     step = max(1, len(examples) // SAMPLES)
     for index in range(step // 2, len(examples), step)[:SAMPLES]:
-        lines += ["", f"user: {examples[index].context[-1].text}"]
+        told = world.facts_revealed(to_messages(examples[index].context))
+        known = ", ".join(f"{kind} {value}" for kind, value in told.items()) or "nothing yet"
+        lines += ["", f"the user has told: {known}", f"user: {examples[index].context[-1].text}"]
         lines += [f"  {name}: {texts[index]}" for name, texts in replies.items()]
     return "\n".join(lines)
 

@@ -23,10 +23,10 @@ SIZE = 2300
 
 
 def prompt_lines() -> list[str]:
-    """The lines of the library's prompts; what one style has in common with another counts once."""
+    """The lines of the library's prompts and of the voices; what one style has in common with another counts once."""
     plain, strategies = (reply_prompt([], style)[0]["content"] for style in REPLY_STYLES)
     request = reflection_prompt([], "")[-1]["content"]
-    return [plain, strategies.removeprefix(plain), *request.split("\n")]
+    return [plain, strategies.removeprefix(plain), *request.split("\n"), *lessons.VOICES]
 
 
 def _corpus(seed: int) -> list[str]:

@@ -164,9 +164,8 @@ def make_turns(rng: Random, user: User, exchanges: int) -> tuple[str, list[Seeke
 
 def short_reply(rng: Random) -> Reply:
     """A short reply that would fit anybody."""
-    strategies = rng.sample(list(w.SHORT), 2)
-    texts = [rng.choice(w.SHORT[strategy]) for strategy in strategies]
-    return (strategies[1], " ".join(texts)) if rng.random() < 0.8 else (strategies[0], texts[0])
+    strategies = rng.sample(list(w.SHORT), 2 if rng.random() < 0.8 else 3)
+    return strategies[-1], " ".join(rng.choice(w.SHORT[strategy]) for strategy in strategies)
 
 
 def long_reply(rng: Random) -> Reply:
@@ -217,18 +216,22 @@ def make_dialogue(rng: Random, split: str, *, personal: float, exchanges: int | 
     user = make_user(rng, split)
     situation, turns = make_turns(rng, user, rng.randint(5, 8) if exchanges is None else exchanges)
     dialogue = Dialogue(user, situation, turns, [])
-    for index, turn in enumerate(turns):
-        if not turn.reveals and turn.text in w.BYES:
-            reply = ("Others", rng.choice(w.FAREWELLS))
-        elif index == 0 and not turn.reveals:
-            reply = ("Question", rng.choice(w.WELCOMES))
-        elif rng.random() < personal:
-            known = dialogue.known(index)
-            reply = personal_reply(rng, known, pick_facts(rng, known, turn.reveals))
-        else:
-            reply = short_reply(rng)
-        dialogue.replies.append(reply)
+    for index in range(len(turns)):
+        dialogue.replies.append(human_reply(rng, dialogue, index, personal))
     return dialogue
+
+
+def human_reply(rng: Random, dialogue: Dialogue, index: int, personal: float) -> Reply:
+    """What a supporter says at a turn: personal with the given probability, unless it is time to greet or to part."""
+    turn = dialogue.turns[index]
+    if not turn.reveals and turn.text in w.BYES:
+        return "Others", rng.choice(w.FAREWELLS)
+    if index == 0 and not turn.reveals:
+        return "Question", rng.choice(w.WELCOMES)
+    if rng.random() < personal:
+        known = dialogue.known(index)
+        return personal_reply(rng, known, pick_facts(rng, known, turn.reveals))
+    return short_reply(rng)
 
 
 def as_esconv(dialogue: Dialogue) -> dict[str, Any]:

@@ -1,0 +1,136 @@
+"""Variants of the loop over several seeds, side by side in one table.
+
+    python examples/ablate.py WHAT --out DIR [--seeds 0 1 2] [flags of iterate.py]
+
+WHAT is one of
+  seeds        the loop itself
+  controls     what should fail if the effect is real: chosen and rejected swapped; both replies of a pair given to
+               another user; only the SFT term on the chosen replies
+  preferences  where chosen replies come from (Table 5): HM human dialogues, HL golden replies of the synthetic
+               dialogues, SR self-refinement
+  prompts      no training, only prompts (Table 3): plain, with strategies, and with reflection at test time, for the
+               backbone and for the models of a run
+
+Each run is a folder DIR/VARIANT-SEED as iterate.py makes it. What is there already is not computed again, so a killed
+command continues, and commands with the same DIR share their runs. Without --backbone the embedded default runs, whose
+table also has the rates of embedded/show.py. Cells are means over the seeds (smallest to largest). Every other flag is
+one of iterate.py's; see its --help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import iterate
+
+from selfevo.dialogue import to_messages
+from selfevo.evaluate import evaluate_model
+from selfevo.evolve import EvolveConfig, check_run, evolve, load_backbone, read_corpus
+from selfevo.files import read_json, read_jsonl, write_text
+from selfevo.lora import load_adapter, remove_adapters
+
+sys.path.insert(0, str(iterate.HERE))
+import show
+
+VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
+    "seeds": {"SR": {}},
+    "controls": {
+        "SR": {}, "swapped": {"control": "swapped"}, "shuffled": {"control": "shuffled"},
+        "sft-only": {"control": "sft-only"},
+    },
+    "preferences": {"HM": {"chosen": "golden", "synthetic": ()}, "HL": {"chosen": "golden"}, "SR": {}},
+    "prompts": {"SR": {}},
+}  # fmt: skip
+COLUMNS = ("BLEU-2", "ROUGE-L", "Distinct-2", "Distinct-2 (corpus)", "Length")
+Values = dict[str, float]
+
+
+def run_variant(config: EvolveConfig) -> dict[str, Values]:
+    """The scores of every model of a run, which is continued where it was, or read where it is complete."""
+    run = Path(config.out)
+    if (run / "eval" / "scores.json").is_file():
+        check_run(config, resume=True)
+    else:
+        evolve(config, resume=True)
+    scores: dict[str, Values] = read_json(run / "eval" / "scores.json")
+    rates = show.rates(run) if iterate.is_embedded(config) else {}
+    return {name: rates.get(name, {}) | {c: values[c] for c in COLUMNS} for name, values in scores.items()}
+
+
+def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
+    """The scores of the backbone and of a run's models, answering under each kind of prompt."""
+    run, corpus = Path(config.out), read_corpus(config)
+    folder = run / "prompts"
+    model, tokenizer = load_backbone(config)
+    contexts = [to_messages(example.context) for example in corpus.test]
+    table: dict[str, Values] = {}
+    for stage in ("backbone", *(f"M{t}" for t in range(config.iterations + 1))):
+        remove_adapters(model)
+        if stage != "backbone":
+            load_adapter(model, run / stage)
+        for kind in ("plain", "strategies", "reflection"):
+            settings = replace(config.replies(0), style="plain" if kind == "plain" else "strategies")
+            name, reflecting = f"{stage}-{kind}", kind == "reflection"
+            values = evaluate_model(model, tokenizer, corpus.test, folder, name, settings, reflecting=reflecting)
+            texts = [record["text"] or "" for record in read_jsonl(folder / f"{name}.replies.jsonl")]
+            rates = show.score(texts, contexts) if iterate.is_embedded(config) else {}
+            table[f"{stage}, {kind}"] = rates | {c: values[c] for c in COLUMNS}
+    return table
+
+
+def summary(runs: Mapping[str, list[Values]]) -> str:
+    """A Markdown table: a row per model, the mean over the seeds and the range where there are several."""
+    columns = list(next(iter(runs.values()))[0])
+    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, seeds in runs.items():
+        cells = []
+        for column in columns:
+            values = [scores[column] for scores in seeds]
+            spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.1f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("what", choices=list(VARIANTS), metavar="WHAT", help=", ".join(VARIANTS))
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs and of the tables")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
+    own, others = parser.parse_known_args()
+    out = Path(own.out)
+    runs: dict[str, list[Values]] = {}
+    try:
+        base = iterate.parse([*others, "--out", own.out])[0]
+        for name, changes in VARIANTS[own.what].items():
+            for seed in own.seeds:
+                config = replace(base, out=str(out / f"{name}-{seed}"), seed=seed, **changes)
+                print(f"{name}, seed {seed}: {config.out}", flush=True)
+                for model, values in run_variant(config).items():
+                    runs.setdefault(f"{name} {model}", []).append(values)
+        if own.what == "prompts":
+            runs = {}
+            for seed in own.seeds:
+                for model, values in compare_prompts(replace(base, out=str(out / f"SR-{seed}"), seed=seed)).items():
+                    runs.setdefault(model, []).append(values)
+    except (ValueError, OSError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues", file=sys.stderr)
+        return 130
+    table = summary(runs)
+    write_text(out / f"{own.what}.md", table + "\n")
+    print(f"\n{table}\n\nalso in {out / own.what}.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
