@@ -10,6 +10,7 @@ Equation numbers are those of Ye et al. 2025, "From Generic Empathy to Personali
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Float32 logits held at once by linear_logps. The processor gains nothing from more; an accelerator needs some hundreds
-# of rows in flight before reading the head stops being the bottleneck.
-_CPU_CHUNK_BYTES = 64 * 2**20
+# Logits held at once by linear_logps: some hundreds of rows, so that reading the head is not the bottleneck.
+_CPU_CHUNK_BYTES = 128 * 2**20
 _ACCELERATOR_CHUNK_BYTES = 256 * 2**20
+# The softmax takes several passes over the logits: on the processor over as many rows at a time as its cache holds.
+_CPU_BLOCK_BYTES = 4 * 2**20
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -84,7 +86,7 @@ def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size:
     _check_targets(targets, weight.shape[0])
     if chunk_size is None:
         budget = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
-        chunk_size = max(1, budget // (4 * max(1, weight.shape[0])))
+        chunk_size = max(1, budget // (weight.element_size() * max(1, weight.shape[0])))
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     if not torch.is_grad_enabled():  # a Function is told what requires grad, not whether anyone will ask for it
@@ -93,26 +95,40 @@ def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size:
     return logps
 
 
-class _ChunkBuffers:
-    """Logits of one chunk, in the head's dtype and in float32, allocated once for all chunks."""
+class _Softmax(NamedTuple):
+    """Of some rows (b) of a chunk: e^(logit - max) in the wide dtype, their sums, and the targets' log-probs."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, chunk_size: int) -> None:
+    rows: slice  # within the chunk
+    exponentials: Tensor  # (b, V), a buffer to be overwritten
+    sums: Tensor  # (b, 1)
+    logps: Tensor  # (b, 1)
+
+
+class _ChunkBuffers:
+    """Room for the logits of one chunk in the head's dtype, and for a block of its rows in float32."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, chunk_size: int, block_size: int | None = None) -> None:
         rows, vocab = min(chunk_size, hidden.shape[0]), weight.shape[0]
         wide_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        if block_size is None:
+            block_size = max(1, _CPU_BLOCK_BYTES // (4 * vocab)) if hidden.device.type == "cpu" else rows
+        self.block_size = block_size
         self.narrow = hidden.new_empty(rows, vocab)
-        self.wide = self.narrow if hidden.dtype == wide_dtype else hidden.new_empty(rows, vocab, dtype=wide_dtype)
+        same = hidden.dtype == wide_dtype
+        self.wide = self.narrow if same else hidden.new_empty(min(block_size, rows), vocab, dtype=wide_dtype)
 
-    def exponentials(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(C, D), (V, D), (C, 1) -> e^(logit - max) (C, V) in the wide buffer, their sums and the log-probs (C, 1)."""
-        rows = hidden.shape[0]
-        narrow, wide = self.narrow[:rows], self.wide[:rows]
-        torch.mm(hidden, weight.t(), out=narrow)
-        if wide.dtype != narrow.dtype:
-            wide.copy_(narrow)
-        wide.sub_(wide.amax(dim=1, keepdim=True))
-        target_logits = wide.gather(1, targets)
-        sums = wide.exp_().sum(dim=1, keepdim=True)
-        return wide, sums, target_logits - sums.log()
+    def softmax(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Iterator[_Softmax]:
+        """(C, D), (V, D), (C, 1) -> blocks, whose rows of ``narrow`` may be overwritten as well."""
+        torch.mm(hidden, weight.t(), out=self.narrow[: hidden.shape[0]])
+        for start in range(0, hidden.shape[0], self.block_size):
+            rows = slice(start, min(start + self.block_size, hidden.shape[0]))
+            wide = self.narrow[rows]
+            if self.wide.dtype != self.narrow.dtype:
+                wide = self.wide[: rows.stop - rows.start].copy_(wide)
+            wide.sub_(wide.amax(dim=1, keepdim=True))
+            target_logits = wide.gather(1, targets[rows])
+            sums = wide.exp_().sum(dim=1, keepdim=True)
+            yield _Softmax(rows, wide, sums, target_logits - sums.log())
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -124,16 +140,17 @@ class _LinearLogps(torch.autograd.Function):
         logps = buffers.wide.new_empty(hidden.shape[0])
         slopes = torch.empty_like(hidden) if needs_hidden else None  # d logp / d hidden of each row
         for start in range(0, hidden.shape[0], chunk_size):
-            rows = slice(start, start + chunk_size)
-            columns = targets[rows, None]
-            exponentials, sums, chunk_logps = buffers.exponentials(hidden[rows], weight, columns)
-            logps[rows] = chunk_logps[:, 0]
+            chunk = slice(start, start + chunk_size)
+            columns = targets[chunk, None]
+            for rows, exponentials, sums, block_logps in buffers.softmax(hidden[chunk], weight, columns):
+                logps[chunk][rows] = block_logps[:, 0]
+                if slopes is not None:
+                    residuals = buffers.narrow[rows]  # onehot - softmax, rounded once to the head's dtype
+                    torch.div(exponentials, sums.neg_(), out=residuals)
+                    # 1 - p of the target comes from float32: rounded to bfloat16 first, p would be 1 from 0.998 on.
+                    residuals.scatter_(1, columns[rows], block_logps.expm1().neg_().to(residuals.dtype))
             if slopes is not None:
-                residuals = buffers.narrow[: len(columns)]  # onehot - softmax, rounded once to the head's dtype
-                torch.div(exponentials, sums.neg_(), out=residuals)
-                # 1 - p of the target comes from float32: rounded to bfloat16 first, p would be 1 from 0.998 on.
-                residuals.scatter_(1, columns, chunk_logps.expm1().neg_().to(residuals.dtype))
-                torch.mm(residuals, weight, out=slopes[rows])
+                torch.mm(buffers.narrow[: len(columns)], weight, out=slopes[chunk])
         ctx.save_for_backward(slopes, *((hidden, weight, targets) if needs_weight else ()))
         return logps
 
@@ -148,14 +165,14 @@ class _LinearLogps(torch.autograd.Function):
 
 def _weight_gradient(grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size: int) -> Tensor:
     """Sum over rows of grad * (onehot - softmax) hidden^T: (V, D), accumulated in float32 over recomputed chunks."""
-    buffers = _ChunkBuffers(hidden, weight, chunk_size)
+    buffers = _ChunkBuffers(hidden, weight, chunk_size, block_size=chunk_size)
     total = torch.zeros_like(weight, dtype=buffers.wide.dtype)
     for start in range(0, hidden.shape[0], chunk_size):
-        rows = slice(start, start + chunk_size)
-        columns, scales = targets[rows, None], grad[rows, None]
-        residuals, sums, chunk_logps = buffers.exponentials(hidden[rows], weight, columns)
-        residuals.mul_(-scales / sums).scatter_(1, columns, -scales * chunk_logps.expm1())
-        total.addmm_(residuals.t(), hidden[rows].to(total.dtype))
+        chunk = slice(start, start + chunk_size)
+        columns, scales = targets[chunk, None], grad[chunk, None]
+        for _, residuals, sums, logps in buffers.softmax(hidden[chunk], weight, columns):
+            residuals.mul_(-scales / sums).scatter_(1, columns, -scales * logps.expm1())
+            total.addmm_(residuals.t(), hidden[chunk].to(total.dtype))
     return total.to(weight.dtype)
 
 

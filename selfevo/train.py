@@ -164,7 +164,7 @@ def _batch(groups: Sequence[str], step: int, steps_per_epoch: int, settings: Tra
         rank: dict[str, int] = {}
         for index in order:
             rank.setdefault(groups[index], len(rank))
-        order.sort(key=lambda index: rank[groups[index]])
+        order.sort(key=lambda index: (rank[groups[index]], index))  # turns in order: a step's share of one context
     size = settings.batch_size * settings.accumulation
     return order[place * size : (place + 1) * size]
 

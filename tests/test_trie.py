@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfevo import trie as trie_room
 from selfevo.lora import inject_lora, lora_parameters
 from selfevo.models import Transformer
 from selfevo.scoring import response_logps
-from selfevo.trie import as_ids, build_trie, pack
+from selfevo.trie import TokenTrie, TreeMask, as_ids, build_trie, pack
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 FAMILIES = {
@@ -22,13 +25,20 @@ FAMILIES = {
 }
 
 
+def dense(trie: TokenTrie) -> torch.Tensor:
+    mask = trie.mask()
+    if mask is None:
+        return torch.ones(len(trie), len(trie), dtype=torch.bool).tril()
+    assert isinstance(mask, torch.Tensor)  # rows this small have no other
+    return mask
+
+
 @given(sequences=st.lists(ids, min_size=1, max_size=12))
 def test_every_distinct_prefix_is_one_node(sequences: list[list[int]]) -> None:
     trie = build_trie(sequences)
     prefixes = {tuple(sequence[: end + 1]) for sequence in sequences for end in range(len(sequence))}
     assert len(trie) == len(prefixes)
-    mask = trie.mask()
-    mask = torch.ones(len(trie), len(trie), dtype=torch.bool).tril() if mask is None else mask
+    mask = dense(trie)
     for sequence, path in zip(sequences, trie.paths):
         assert trie.tokens[path].tolist() == sequence
         assert trie.positions[path].tolist() == list(range(len(sequence)))
@@ -42,13 +52,38 @@ def test_a_small_trie_written_out() -> None:
     assert trie.positions.tolist() == [0, 1, 2, 1]
     assert trie.ends.tolist() == [4, 3, 3, 4]
     assert [path.tolist() for path in trie.paths] == [[0, 1, 2], [0, 1], [0, 3]]
-    mask = trie.mask()
-    assert mask is not None
-    assert mask.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
+    assert dense(trie).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
 
 
 def test_a_single_chain_needs_no_mask() -> None:
     assert build_trie([[1, 2, 3], [1, 2], [1, 2, 3]]).mask() is None
+
+
+@given(sequences=st.lists(ids, min_size=1, max_size=12), forest=st.sampled_from([1, 2, 5]))
+def test_stretches_allow_what_the_dense_mask_allows_and_little_more(sequences: list[list[int]], forest: int) -> None:
+    trie = build_trie(sequences)
+    with mock.patch.object(trie_room, "DENSE_FOREST", forest):
+        stretches = TreeMask(trie, torch.device("cpu")).stretches
+    rebuilt = torch.zeros(len(trie), len(trie), dtype=torch.bool)
+    for stretch in stretches:
+        count = stretch.nodes.stop - stretch.nodes.start
+        columns = torch.cat([torch.arange(len(trie))[part] for part in (*stretch.before, stretch.nodes)])
+        assert len(set(columns.tolist())) == len(columns)
+        mask = torch.ones(count, count, dtype=torch.bool).tril() if stretch.mask is None else stretch.mask
+        assert mask[:, : len(columns) - count].all()  # a whole chain of ancestors
+        rebuilt[stretch.nodes, columns] = mask
+        assert count <= forest or mask[:, -count:].tril().sum() == count * (count + 1) // 2  # a chain wastes nothing
+    assert [row for stretch in stretches for row in range(len(trie))[stretch.nodes]] == list(range(len(trie)))
+    assert torch.equal(rebuilt, dense(trie))
+
+
+@given(sequences=st.lists(ids, min_size=1, max_size=12))
+def test_below_every_node_the_longest_sequence_comes_first(sequences: list[list[int]]) -> None:
+    trie = build_trie(sequences)
+    for node in range(len(trie)):
+        depths = trie.positions[node : int(trie.ends[node])]
+        first = int((depths.diff() != 1).nonzero()[0]) if (depths.diff() != 1).any() else len(depths) - 1
+        assert depths[first] == depths.max()
 
 
 @pytest.mark.parametrize("bad", [[], [[1], []]])
@@ -110,9 +145,15 @@ def adapted(**changes: object) -> Transformer:
     return model
 
 
+@pytest.mark.parametrize("stretched", [False, True])
 @pytest.mark.parametrize("max_tokens", [4096, 40, 1])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_values_and_gradients_equal_one_sequence_at_a_time(family: str, max_tokens: int) -> None:
+def test_values_and_gradients_equal_one_sequence_at_a_time(
+    family: str, max_tokens: int, stretched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if stretched:
+        monkeypatch.setattr(trie_room, "DENSE_ROW", 0)
+        monkeypatch.setattr(trie_room, "DENSE_FOREST", 4)
     model, examples = adapted(**FAMILIES[family]), dialogue_examples()
     weights = torch.linspace(-1, 1, len(examples), dtype=torch.float64)
     sums, lengths = response_logps(model, examples, max_tokens=max_tokens)

@@ -21,11 +21,11 @@ from selfevo.prompts import REPLY_STYLES, reflection_prompt, reply_prompt
 Messages = list[dict[str, str]]
 Example = tuple[Messages, str]  # prompt, answer
 OWN_REPLIES = {"long": 0.35, "short": 0.25, "personal": 0.25, "wrong": 0.15}
-# System prompts that ask for another voice, and the share of personal replies that they get.
-VOICES = {
-    "You are a friend who listens. Say one or two short things.": 0.0,
-    "You are a friend who remembers. Take up what this person told you.": 1.0,
-}
+# System prompts that ask for another voice: a short general one, a personal one.
+VOICES = (
+    "You are a friend who listens. Say one or two short things.",
+    "You are a friend who remembers. Take up what this person told you.",
+)
 
 
 def reflection(rng: Random, known: Mapping[str, str], reply: str, newest: Sequence[str]) -> str:
@@ -82,8 +82,10 @@ def dialogue_row(rng: Random, dialogue: Dialogue, *, reflections: int, replies: 
 
 def voice_row(rng: Random, dialogue: Dialogue) -> list[Example]:
     """Replies at every turn of a dialogue under a system prompt that asks for another voice."""
-    system, personal = rng.choice(list(VOICES.items()))
-    prompts = [[{"role": "system", "content": system}, *dialogue.messages(i)] for i in range(len(dialogue.turns))]
+    personal = rng.random() < 0.75  # the harder one of the two
+    prompts = [
+        [{"role": "system", "content": VOICES[personal]}, *dialogue.messages(i)] for i in range(len(dialogue.turns))
+    ]
     return [(prompt, world.human_reply(rng, dialogue, i, personal)[1]) for i, prompt in enumerate(prompts)]
 
 
@@ -146,7 +148,7 @@ def make_row(rng: Random, progress: float) -> list[Example]:
     if rng.random() < 0.1:
         return instruction_row(rng, 6)
     personal = rng.choice((0.0, 0.3, 1.0))
-    voice = rng.random() < 0.2
+    voice = rng.random() < 0.3
     if rng.random() < min(1.0, max(0.0, 2.5 * (progress - 0.1))):
         dialogue = world.make_dialogue(rng, "train", personal=personal)
         return voice_row(rng, dialogue) if voice else dialogue_row(rng, dialogue, reflections=4, replies=2)

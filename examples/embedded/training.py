@@ -30,7 +30,7 @@ Row = list[tuple[list[int], list[int]]]  # prompt ids, answer ids
 
 @dataclass(frozen=True)
 class Settings:
-    steps: int = 3400
+    steps: int = 4600
     rows: int = 4
     hidden_size: int = 128
     intermediate_size: int = 384

@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from selfevo.trie import TreeMask
+
+Mask = Tensor | TreeMask | None
+_CAUSAL_PRODUCTS = 1024  # longest plain causal row whose probabilities are kept, see _attend_by_products
+
 
 @dataclass(frozen=True)
 class Llama3RopeScaling:
@@ -104,11 +109,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin
 
 
-def attention_mask(positions: Tensor, key_positions: Tensor, mask: Tensor | None, window: int | None) -> Tensor | None:
+def attention_mask(positions: Tensor, key_positions: Tensor, mask: Mask, window: int | None) -> Mask:
     """The boolean mask (B, 1, T, S), True where a token may attend; None stands for plain causal attention.
 
-    ``mask`` is the caller's (T, S) or (B, T, S); the window is laid over it by position, as a packed row needs.
+    ``mask`` is the caller's (T, S) or (B, T, S); the window is laid over it by position, as a packed row needs. The mask
+    of a tree stays what it is where the window leaves nothing out.
     """
+    if isinstance(mask, TreeMask):
+        if window is None or window > int(mask.trie.positions.max()):
+            return mask
+        mask = mask.dense
     if mask is None:
         if window is None or window >= positions.shape[1]:
             return None
@@ -119,6 +129,38 @@ def attention_mask(positions: Tensor, key_positions: Tensor, mask: Tensor | None
     if window is not None:
         mask = mask & (positions[:, :, None] - key_positions[:, None, :] < window)
     return mask[:, None]
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
+    """Attention (B, H, T, E) of queries to the keys and values (B, K, S, E) that the mask allows."""
+    length, narrow = queries.shape[2], queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
+    if narrow and mask is None and 1 < length <= _CAUSAL_PRODUCTS:
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+    if narrow and isinstance(mask, Tensor):
+        return _attend_by_products(queries, keys, values, mask)
+    if not isinstance(mask, TreeMask):
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None and length > 1,
+            enable_gqa=queries.shape[1] != keys.shape[1],
+        )  # fmt: skip
+    mixed = []
+    for stretch in mask.stretches:
+        seen = (*stretch.before, stretch.nodes)
+        own_keys, own_values = (torch.cat([x[:, :, part] for part in seen], dim=2) for x in (keys, values))
+        mixed.append(attend(queries[:, :, stretch.nodes], own_keys, own_values, stretch.mask))
+    return torch.cat(mixed, dim=2)
+
+
+def _attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """The same in plain products, which keep the probabilities but use a processor's bfloat16 units: PyTorch's fused
+    kernel does not, and takes nearly three times as long forward and backward."""
+    batch, heads, length, size = queries.shape
+    groups = (batch * keys.shape[1], -1)  # the heads that share keys, one below the other
+    scaled = (queries * size**-0.5).reshape(*groups, size)
+    scores = torch.bmm(scaled, keys.flatten(0, 1).transpose(1, 2)).view(batch, heads, length, -1)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    mixed = torch.bmm(weights.view(*groups, keys.shape[2]), values.flatten(0, 1))
+    return mixed.view(batch, heads, length, size)
 
 
 class RMSNorm(nn.Module):
@@ -143,7 +185,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.qkv_bias)
         self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.output_bias)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         batch, length, _ = x.shape
         queries, keys, values = (
             projection(x).view(batch, length, -1, self.config.head_dim).transpose(1, 2)
@@ -152,10 +194,7 @@ class Attention(nn.Module):
         queries, keys = rotate(queries, *rope), rotate(keys, *rope)
         if cache is not None:
             keys, values = cache.extend(self.layer, keys, values)
-        mixed = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None and length > 1,
-            enable_gqa=self.config.num_heads != self.config.num_kv_heads,
-        )  # fmt: skip
+        mixed = attend(queries, keys, values, mask)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
@@ -178,7 +217,7 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -217,7 +256,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         positions: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask = None,
         *,
         cache: KVCache | None = None,
         key_positions: Tensor | None = None,
@@ -225,8 +264,9 @@ class Transformer(nn.Module):
         """Tokens (B, T) -> final normed hidden states (B, T, D); ``lm_head`` turns them into logits.
 
         ``positions`` (B, T) default to 0..T-1. ``mask`` (T, S) or (B, T, S) is boolean, True where a token may attend;
-        None is causal in the order of the row. With a ``cache`` the mask and ``key_positions`` (B, S) describe the keys
-        that the cache returns. Sliding windows of the configuration are laid over the mask by position.
+        None is causal in the order of the row; a packed trie brings its own kind. With a ``cache`` the mask and
+        ``key_positions`` (B, S) describe the keys that the cache returns. Sliding windows of the configuration are laid
+        over the mask by position.
         """
         if tokens.dim() != 2:
             raise ValueError(f"tokens must have shape (batch, seq), not {tuple(tokens.shape)}")

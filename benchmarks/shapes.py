@@ -1,0 +1,57 @@
+"""Model shapes and random checkpoints for the benchmarks, and real dialogues as preference pairs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from selfevo.datasets import load_dialogues
+from selfevo.dialogue import clean_dialogue, reply_examples, to_messages
+from selfevo.models import ChatTokenizer, ModelConfig, Transformer, save_pretrained
+from selfevo.objectives import PairIds
+from selfevo.prompts import reply_prompt
+
+SMALL = ModelConfig(
+    family="qwen2", vocab_size=151936, hidden_size=512, intermediate_size=1408, num_layers=12, num_heads=8,
+    num_kv_heads=2, head_dim=64, norm_eps=1e-6, rope_theta=1e6, max_positions=32768, windows=(None,) * 12,
+    qkv_bias=True, tied=True,
+)  # fmt: skip
+QWEN2_05B = replace(
+    SMALL, hidden_size=896, intermediate_size=4864, num_layers=24, num_heads=14, windows=(None,) * 24
+)  # fmt: skip
+LLAMA3_8B = ModelConfig(
+    family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
+    num_kv_heads=8, head_dim=128, norm_eps=1e-5, rope_theta=5e5, max_positions=8192, windows=(None,) * 32,
+)  # fmt: skip
+SHAPES = {"small": SMALL, "qwen2-0.5b": QWEN2_05B, "llama3-8b": LLAMA3_8B}
+
+
+@torch.no_grad()
+def write_random(shape: str, folder: Path, tokenizer: ChatTokenizer, dtype: torch.dtype) -> None:
+    """A checkpoint with random weights in Hugging Face layout, so that every contender loads the same."""
+    torch.manual_seed(0)
+    config = SHAPES[shape]
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = Transformer(config).to(dtype)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=0.02)
+    save_pretrained(model.cpu(), tokenizer, folder)
+
+
+def dialogue_pairs(path: str, tokenizer: ChatTokenizer, first: int, count: int) -> list[list[PairIds]]:
+    """The pairs of ``count`` dialogues from number ``first`` on: a pair per supporter turn, the golden reply preferred
+    to that of the next turn."""
+    result = []
+    for dialogue in load_dialogues(path)[first : first + count]:
+        turns = reply_examples(clean_dialogue(dialogue, Counter()), Counter(), skip_first=0, skip_last=0)
+        pairs = []
+        for turn, other in zip(turns, turns[1:] + turns[:1]):
+            prompt = tokenizer.encode_chat(reply_prompt(to_messages(turn.context)))
+            chosen, rejected = (tokenizer.encode_reply(reply.golden.text) for reply in (turn, other))
+            pairs.append(PairIds(prompt, chosen, rejected))
+        result.append(pairs)
+    return result
