@@ -18,7 +18,7 @@ from selfevo.files import FileError, write_jsonl
 from selfevo.generate import Sampling
 from selfevo.models import ChatTokenizer, Transformer, load_tokenizer
 from selfevo.prompts import ASPECTS, Reflection, read_reflection, reflection_prompt, reply_prompt
-from selfevo.refine import Pair, filter_pairs, parse_reflection, read_pairs
+from selfevo.refine import Pair, controlled, filter_pairs, parse_reflection, read_pairs
 from selfevo.replies import Reply, fit_prompt, sample_replies
 from selfevo.salvage import json_object_end
 
@@ -178,6 +178,42 @@ def test_pairs_survive_the_file_and_a_foreign_record_is_named(tmp_path: Path) ->
     write_jsonl(path, [pairs[0].as_record(), {"prompt": []}])
     with pytest.raises(FileError, match=r"pairs\.jsonl: record 1"):
         read_pairs(path)
+
+
+# Controls
+
+
+def some_pairs(sizes: dict[str, int]) -> list[Pair]:
+    turns = [(dialogue, turn) for dialogue, size in sizes.items() for turn in range(size)]
+    return [
+        Pair(
+            f"{d}/{t}", d, [{"role": "user", "content": f"{d}{t}"}], f"chosen {d}{t}", f"rejected {d}{t}", "", "refined"
+        )
+        for d, t in turns
+    ]
+
+
+def test_swapped_pairs_prefer_what_was_rejected() -> None:
+    pairs = some_pairs({"a": 2, "b": 1})
+    swapped = controlled(pairs, "swapped")
+    assert [(pair.chosen, pair.rejected) for pair in swapped] == [(pair.rejected, pair.chosen) for pair in pairs]
+    assert controlled(swapped, "swapped") == pairs == controlled(pairs, "none") == controlled(pairs, "sft-only")
+
+
+@given(sizes=st.lists(st.integers(1, 6), min_size=2, max_size=8))
+def test_shuffled_pairs_keep_together_and_go_to_another_dialogue(sizes: list[int]) -> None:
+    pairs = some_pairs({f"d{number}": size for number, size in enumerate(sizes)})
+    if 2 * max(sizes) > sum(sizes):
+        with pytest.raises(ValueError, match="at least two dialogues"):
+            controlled(pairs, "shuffled")
+        return
+    shuffled = controlled(pairs, "shuffled")
+    assert [(pair.id, pair.prompt) for pair in shuffled] == [(pair.id, pair.prompt) for pair in pairs]
+    assert sorted(pair.chosen for pair in shuffled) == sorted(pair.chosen for pair in pairs)
+    for pair in shuffled:
+        donor = pair.chosen.removeprefix("chosen ")
+        assert pair.rejected == f"rejected {donor}"
+        assert donor[:-1] != pair.dialogue
 
 
 # Contexts that fit

@@ -112,8 +112,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_mask(positions: Tensor, key_positions: Tensor, mask: Mask, window: int | None) -> Mask:
     """The boolean mask (B, 1, T, S), True where a token may attend; None stands for plain causal attention.
 
-    ``mask`` is the caller's (T, S) or (B, T, S); the window is laid over it by position, as a packed row needs. The mask
-    of a tree stays what it is where the window leaves nothing out.
+    ``mask`` is the caller's (T, S) or (B, T, S); the window is laid over it by position, as a packed row needs. A tree
+    mask stays as it is where the window leaves nothing out.
     """
     if isinstance(mask, TreeMask):
         if window is None or window > int(mask.trie.positions.max()):
