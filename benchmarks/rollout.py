@@ -1,0 +1,220 @@
+"""Sampling replies to real dialogues: this library's decoder against ``generate`` of transformers.
+
+    python benchmarks/rollout.py --data ESConv.json --tokenizer Qwen/Qwen2-0.5B-Instruct [--shape small]
+
+Everyone loads the same random Qwen2-shaped weights and answers prompts of the same dialogues with exactly ``--new``
+tokens, at the paper's sampling settings. We take all supporter turns of a few whole dialogues a round; transformers
+gets a left-padded batch of them, taken evenly by length, so that its tokens per prompt are the same on average. Each
+contender has a process of its own; rounds alternate, and the first of each is not counted. ``--adapters`` adds LoRA of
+rank 8 on every linear layer (peft's on the other side). ``--continuous`` also runs the continuous batching of
+transformers, which needs a version that has it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from contest import GIB, Contender, Result, Work, spread
+from shapes import SHAPES, dialogue_pairs, write_random
+from train import ALPHA, LINEARS, RANK, device_and_dtype
+
+from selfevo import generate as room
+from selfevo.generate import Sampling, generate
+from selfevo.lora import inject_lora
+from selfevo.models import load_model, load_tokenizer
+from selfevo.trie import build_trie
+
+Job = list[list[int]]  # prompts
+SAMPLING = Sampling()
+
+
+class Timers:
+    """Seconds spent in some methods, measured from outside."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def around(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **options: Any) -> Any:
+            started = time.perf_counter()
+            result = method(*arguments, **options)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            return result
+
+        return timed
+
+
+def selfevo_decoder(folder: str, dtype: str, new: int, batch: int, adapters: bool) -> Work:
+    device, kind = device_and_dtype(dtype)
+    model = load_model(folder, dtype=kind, device=device)
+    if adapters:
+        inject_lora(model, RANK, ALPHA)
+    timers, prefilled = Timers(), [0]
+    prefill, extend = room._Decoder._prefill, room.PrefillCache.extend
+
+    def counted(self: Any, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Any:
+        prefilled[0] += keys.shape[2] if layer == 0 else 0
+        return extend(self, layer, keys, values)
+
+    room._Decoder._prefill = timers.around("prefill", prefill)  # type: ignore[method-assign]
+    room._Decoder._decode = timers.around("decode", room._Decoder._decode)  # type: ignore[method-assign]
+    room._Decoder._accept = timers.around("head and sampling", room._Decoder._accept)  # type: ignore[method-assign]
+    room.Sampling.choose = timers.around("sampling", room.Sampling.choose)  # type: ignore[method-assign]
+    room.PrefillCache.extend = counted  # type: ignore[method-assign]
+
+    def work(job: Job) -> dict[str, float]:
+        timers.seconds.clear()
+        prefilled[0] = 0
+        replies = generate(model, job, max_new_tokens=new, batch_size=batch, **vars(SAMPLING))
+        assert all(len(reply) == new for reply in replies)
+        distinct = len(build_trie(job))
+        return {"replies": len(job), "computed": prefilled[0] / distinct, **timers.seconds}
+
+    return work
+
+
+def evenly(job: Job, count: int) -> Job:
+    prompts = sorted(job, key=len)
+    return [prompts[int((i + 0.5) * len(prompts) / count)] for i in range(count)]
+
+
+def transformers_generate(folder: str, dtype: str, new: int, batch: int, adapters: bool, continuous: bool) -> Work:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    device, kind = device_and_dtype(dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
+    model.to(device)
+    if adapters:
+        model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS))
+    config = GenerationConfig(
+        do_sample=True, temperature=SAMPLING.temperature, top_p=SAMPLING.top_p, top_k=SAMPLING.top_k,
+        repetition_penalty=SAMPLING.repetition_penalty, max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+
+    def work(job: Job) -> dict[str, float]:
+        prompts = evenly(job, batch)
+        if continuous:
+            outputs = model.generate_batch(inputs=prompts, generation_config=config)
+            assert len(outputs) == len(prompts)
+            return {"replies": len(prompts)}
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
+        places = torch.arange(width, device=device)[None]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        mask = (places >= width - lengths[:, None]).long()
+        with torch.inference_mode():
+            result = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        assert result.shape[1] == width + new
+        return {"replies": len(prompts)}
+
+    return work
+
+
+def bandwidth(size: int = 2**28, tries: int = 5) -> float:
+    """Bytes read per second by a sum over float32 numbers that no cache holds."""
+    numbers = torch.ones(size)
+    best = float("inf")
+    for _ in range(tries):
+        started = time.perf_counter()
+        numbers.sum()
+        best = min(best, time.perf_counter() - started)
+    return 4 * size / best
+
+
+def weight_bytes(shape: str, dtype: str) -> int:
+    """What a decode step has to read: every matrix once, the embedding only as the head."""
+    config = SHAPES[shape]
+    wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    layer = config.hidden_size * (2 * wide + 2 * narrow + 3 * config.intermediate_size)
+    width = 4 if dtype == "float32" else 2
+    return width * (config.num_layers * layer + config.vocab_size * config.hidden_size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="dialogues, e.g. ESConv.json")
+    parser.add_argument("--tokenizer", required=True, help="folder or hub id of a tokenizer")
+    parser.add_argument("--shape", choices=list(SHAPES), default="small", help="model shape (default: small)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of the weights")
+    parser.add_argument("--rounds", type=int, default=3, help="counted rounds (default: 3)")
+    parser.add_argument("--dialogues", type=int, default=4, help="dialogues of a round (default: 4)")
+    parser.add_argument("--new", type=int, default=40, help="new tokens of a reply (default: 40)")
+    parser.add_argument("--batch", type=int, default=32, help="our slots (default: 32)")
+    parser.add_argument("--peer-batch", type=int, nargs="+", default=[8], help="batch sizes of the others (default: 8)")
+    parser.add_argument("--adapters", action="store_true", help="with LoRA adapters")
+    parser.add_argument("--continuous", action="store_true", help="also continuous batching of transformers")
+    options = parser.parse_args()
+    tokenizer = load_tokenizer(options.tokenizer)
+    dialogues = dialogue_pairs(options.data, tokenizer, 0, (options.rounds + 1) * options.dialogues)
+    rounds = [dialogues[i : i + options.dialogues] for i in range(0, len(dialogues), options.dialogues)]
+    jobs = [[pair.prompt for pairs in members for pair in pairs] for members in rounds]
+    with tempfile.TemporaryDirectory() as folder:
+        write_random(options.shape, Path(folder), tokenizer, getattr(torch, options.dtype))
+        common = {"folder": folder, "dtype": options.dtype, "new": options.new, "adapters": options.adapters}
+        contenders = [Contender("selfevo", selfevo_decoder, **common, batch=options.batch)]
+        for continuous in (False, True) if options.continuous else (False,):
+            for batch in options.peer_batch:
+                name = f"transformers{' continuous' if continuous else ''}, batch {batch}"
+                contenders.append(Contender(name, transformers_generate, **common, batch=batch, continuous=continuous))
+        results: dict[str, list[Result]] = {contender.name: [] for contender in contenders}
+        for number, job in enumerate(jobs):
+            for contender in contenders:
+                result = contender.work(job)
+                note = "  (not counted)" if number == 0 else ""
+                print(
+                    f"round {number}: {contender.name}: {result.counts['replies']:.0f} replies in "
+                    f"{result.seconds:.1f} s{note}",
+                    flush=True,
+                )
+                if number:
+                    results[contender.name].append(result)
+        one = contenders[0].work([jobs[0][0]])
+        for contender in contenders:
+            contender.close()
+    adapters = "with adapters" if options.adapters else "without adapters"
+    print(
+        f"\n{options.shape}, {options.dtype}, {adapters}, {options.new} new tokens, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}, random weights"
+    )
+    print("\n| | replies/s | new tokens/s | peak above rest, GiB | we are times as fast |\n|---|---|---|---|---|")
+    ours = results["selfevo"]
+    for name, rounds in results.items():
+        rates = [result.counts["replies"] / result.seconds for result in rounds]
+        ratios = [mine.counts["replies"] / mine.seconds / rate for mine, rate in zip(ours, rates)]
+        above = max(result.peak - result.resting for result in rounds) / GIB
+        print(
+            f"| {name} | {spread(rates)} | {statistics.median(rates) * options.new:.3g} | {above:.2f} | "
+            f"{'' if name == 'selfevo' else spread(ratios)} |"
+        )
+    parts = {part: sum(r.counts[part] for r in ours) for part in ("prefill", "decode", "head and sampling", "sampling")}
+    total = sum(result.seconds for result in ours)
+    step = parts["decode"] + parts["head and sampling"]
+    plain = statistics.mean(sum(map(len, job)) / len(job) for job in jobs[1:])
+    distinct = statistics.mean(len(build_trie(job)) / len(job) for job in jobs[1:])
+    print(
+        f"\nprompt tokens per reply: {plain:.0f}, distinct {distinct:.0f}; computed / distinct "
+        f"{statistics.mean(r.counts['computed'] for r in ours):.3f}\n"
+        f"our time: prefill {parts['prefill'] / total:.0%}, decode steps {step / total:.0%}; sampling "
+        f"{parts['sampling'] / step:.1%} of the decode steps"
+    )
+    per_step = (one.counts["decode"] + one.counts["head and sampling"]) / options.new
+    rate, least = weight_bytes(options.shape, options.dtype) / per_step, bandwidth()
+    print(
+        f"one reply alone: {per_step * 1e3:.1f} ms a step, {rate / 1e9:.1f} GB/s of weights, {rate / least:.0%} of the "
+        f"{least / 1e9:.1f} GB/s that a plain sum reads"
+    )
+
+
+if __name__ == "__main__":
+    main()
