@@ -21,16 +21,15 @@ from selfevo.models.loading import read_config
 from selfevo.models.memory import describe_memory, estimate_memory
 
 HERE = Path(__file__).resolve().parent / "embedded"
-# The embedded backbone has some 10,000 times fewer parameters than the paper's, and learns at a rate to match.
+# The embedded backbone has some 10,000 times fewer parameters than the paper's, and learns at rates to match.
 EMBEDDED: dict[str, Any] = {
     "backbone": str(HERE / "backbone"),
     "esconv": str(HERE / "data" / "human.json"),
     "synthetic": (str(HERE / "data" / "synthetic.json"),),
     "replay": str(HERE / "data" / "replay.json"),
     "test": str(HERE / "data" / "test.json"),
-    "sft_learning_rate": 3e-4,
-    "learning_rate": 1e-3,
-    "temperature": 0.6,
+    "sft_learning_rate": 1e-3,
+    "learning_rate": 2.5e-5,
     "max_new_tokens": 64,
     "reflection_tokens": 160,
     "repetition_penalty": 1.0,  # it would tax every fact that a personal reply takes up from the dialogue

@@ -43,7 +43,7 @@ from vocabulary import make_tokenizer
 
 from selfevo.models import ChatTokenizer, Transformer, load_tokenizer, save_pretrained
 
-COUNTS = {"human": 200, "synthetic": 240, "test": 80, "replay": 300}
+COUNTS = {"human": 200, "synthetic": 440, "test": 80, "replay": 300}
 PERSONAL = {"human": 0.35, "synthetic": 0.6}  # shares of personal replies
 
 
