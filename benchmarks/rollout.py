@@ -157,8 +157,8 @@ def main() -> None:
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.tokenizer)
     dialogues = dialogue_pairs(options.data, tokenizer, 0, (options.rounds + 1) * options.dialogues)
-    rounds = [dialogues[i : i + options.dialogues] for i in range(0, len(dialogues), options.dialogues)]
-    jobs = [[pair.prompt for pairs in members for pair in pairs] for members in rounds]
+    groups = [dialogues[i : i + options.dialogues] for i in range(0, len(dialogues), options.dialogues)]
+    jobs = [[pair.prompt for pairs in members for pair in pairs] for members in groups]
     with tempfile.TemporaryDirectory() as folder:
         write_random(options.shape, Path(folder), tokenizer, getattr(torch, options.dtype))
         common = {"folder": folder, "dtype": options.dtype, "new": options.new, "adapters": options.adapters}

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from selfevo.folding import folded_adapters
 from selfevo.models.transformer import Transformer
 from selfevo.sampling import candidates, draw, penalise, uniform_noise
 from selfevo.trie import Ids, as_ids, build_trie, pack
 
 MAX_PREFILL_TOKENS = 4096  # distinct prompt tokens of one prefill pass
+HEAD_PART = 1024  # rows of the head in one product, see head_logits
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,9 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        decoder = _Decoder(model, sampling, waiting, max_new_tokens, frozenset(stop_ids), batch_size, stop_when)
-        with tqdm(total=len(prompts), desc=progress, unit="reply", disable=progress is None) as bar:
+        bar = tqdm(total=len(prompts), desc=progress, unit="reply", disable=progress is None)
+        with bar, folded_adapters(model):
+            decoder = _Decoder(model, sampling, waiting, max_new_tokens, frozenset(stop_ids), batch_size, stop_when)
             while decoder.step():
                 bar.update(decoder.finished - bar.n)
                 bar.set_postfix_str(f"{decoder.produced} tokens", refresh=False)
@@ -207,7 +211,7 @@ class _Decoder:
         """Chooses the next token of some rows and appends it to their replies."""
         lengths = self.cache.lengths[rows]
         seen = self.seen[rows, : int(lengths.max())]
-        logits = self.model.lm_head(hidden)
+        logits = head_logits(hidden, self.model.lm_head.weight)
         tokens = self.sampling.choose(logits, seen, self.keys[rows], self.steps[rows])
         self.last[rows] = tokens
         self.steps[rows] += 1
@@ -265,6 +269,21 @@ class _Decoder:
             nodes = torch.from_numpy(np.ascontiguousarray(path)).to(device)
             self.ready.append((sequence, nodes, hidden[nodes[-1]]))
         return True
+
+
+def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Hidden states (R, D), head (V, D) -> logits (R, V).
+
+    On a processor a few rows at a time cost what preparing the head for the product costs; in float32 that takes a
+    sixth less when the head comes in parts that the cache holds.
+    """
+    if hidden.device.type != "cpu" or hidden.dtype != torch.float32:
+        return F.linear(hidden, weight)
+    logits = hidden.new_empty(len(hidden), len(weight))
+    for start in range(0, len(weight), HEAD_PART):
+        part = slice(start, start + HEAD_PART)
+        torch.mm(hidden, weight[part].t(), out=logits[:, part])
+    return logits
 
 
 def _check(

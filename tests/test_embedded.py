@@ -133,6 +133,33 @@ def test_lessons_reflect_truly() -> None:
         assert world.personalisation(written["refined_response"], dialogue.messages(turn)).wrong == 0
 
 
+def test_voices_are_general_or_personal_at_every_turn() -> None:
+    rng = Random(7)
+    for _ in range(20):
+        dialogue = world.make_dialogue(rng, "train", personal=0.5)
+        for turn, (prompt, answer) in enumerate(lessons.voice_row(rng, dialogue)):
+            score = world.personalisation(answer, dialogue.messages(turn))
+            assert score.wrong == 0
+            assert prompt[1:] == dialogue.messages(turn)
+            if prompt[0]["content"] == lessons.VOICES[0]:
+                assert score.used == 0
+            elif score.revealed and dialogue.turns[turn].text not in words.BYES:
+                assert score.used > 0
+
+
+def test_an_instruction_has_one_right_answer() -> None:
+    rng = Random(8)
+    for _ in range(200):
+        record = lessons.instruction(rng)
+        said = world.facts_mentioned(record["input"])
+        answer = world.facts_mentioned(record["output"])
+        assert answer
+        if "next" not in record["instruction"] and "after" not in record["instruction"]:
+            assert all(values <= said[kind] for kind, values in answer.items())
+        if "JSON" in record["instruction"]:
+            assert {kind: {value} for kind, value in json.loads(record["output"]).items()} == said
+
+
 def test_written_data_is_what_the_script_makes(tmp_path: Path) -> None:
     make.write_data(tmp_path, seed=0)
     for path in sorted(tmp_path.iterdir()):
@@ -153,7 +180,7 @@ def test_data_is_read_without_remarks() -> None:
         assert reply_examples(cleaned, Counter())
 
 
-def test_humans_are_personal_at_times_and_the_golden_replies_always() -> None:
+def test_humans_are_personal_at_times_and_the_golden_replies_more_often() -> None:
     def share(name: str) -> float:
         load = load_extes if name == "synthetic" else load_esconv
         chances = uses = 0
@@ -163,9 +190,9 @@ def test_humans_are_personal_at_times_and_the_golden_replies_always() -> None:
                 chances, uses = chances + (score.revealed > 0), uses + (score.used > 0)
         return uses / chances
 
-    assert share("synthetic") == 1
-    assert 0.15 < share("human") < 0.35
-    assert 0.1 < share("test") < 0.4
+    assert 0.5 < share("synthetic") < 0.7
+    assert 0.25 < share("human") < 0.45
+    assert 0.25 < share("test") < 0.45
 
 
 def test_backbone_is_small_and_has_room(tokenizer: ChatTokenizer) -> None:

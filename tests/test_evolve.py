@@ -222,7 +222,7 @@ def test_the_embedded_default_runs_to_the_tables(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-2000:]
     row = next(line for line in result.stdout.splitlines() if line.startswith("| M1 |"))
     assert row.count("|") == 12
-    assert "replies that use a fact of this user" in result.stdout
+    assert "facts of this user taken up" in result.stdout
     counts = json.loads((tmp_path / "run" / "M1" / "filter.json").read_text())
     assert counts["kept_refined"] > 0  # the backbone does reflect
 

@@ -15,7 +15,7 @@ ORDER = [
     "files", "salvage", "dialogue", "prompts", "trie", "sampling", "losses", "lora", "metrics",
     "models.transformer", "models.memory", "models.config", "models.chat", "models.hub", "models.llama",
     "models.qwen2", "models.mistral", "models.tokenizer", "models.loading", "models",
-    "datasets", "scoring", "generate", "replies",
+    "datasets", "scoring", "folding", "generate", "replies",
     "objectives", "train", "corpus", "refine", "evaluate",
     "evolve",
 ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as processors
 
+from selfevo import generate as generate_room
+from selfevo.folding import folded_adapters
 from selfevo.generate import Sampling, generate
+from selfevo.lora import LoRALinear, disable_adapters, freeze_adapter, inject_lora, lora_parameters
 from selfevo.models import load_model
+from selfevo.models.transformer import attend
 from selfevo.sampling import candidates, draw, penalise, uniform_noise
 from selfevo.scoring import response_logps
 
@@ -197,3 +202,64 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], reason: str) -> None
 
 def test_the_papers_decoding_settings_are_the_defaults() -> None:
     assert Sampling() == Sampling(temperature=0.9, top_p=0.8, top_k=50, repetition_penalty=1.2, seed=0)
+
+
+# Adapters and the head in a rollout
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_folded_adapters_act_as_the_layers_do_and_leave_them_as_they_were(enabled: bool) -> None:
+    model = tiny_model()
+    inject_lora(model, rank=2, alpha=4, seed=1)
+    for _ in range(2):
+        for parameter in lora_parameters(model):
+            torch.nn.init.normal_(parameter, std=0.2)
+        freeze_adapter(model, seed=3)
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.2)
+    tokens = torch.tensor([[1, 5, 9, 2]])
+    switch = contextlib.nullcontext() if enabled else disable_adapters(model)
+    with torch.no_grad(), switch:
+        expected, before = model(tokens), {name: t.clone() for name, t in model.state_dict().items()}
+        with folded_adapters(model) as folded:
+            assert folded
+            assert not any(
+                m.frozen_A.shape[0] or m.adapter_enabled for m in model.modules() if isinstance(m, LoRALinear)
+            )
+            torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(model(tokens), expected)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_bfloat16_model_keeps_its_adapters_apart() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    inject_lora(model, rank=2, alpha=4, seed=1)
+    with folded_adapters(model) as folded:
+        assert not folded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_in_parts_is_the_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate_room, "HEAD_PART", 7)
+    hidden, weight = torch.randn(3, 5, dtype=dtype), torch.randn(23, 5, dtype=dtype)
+    torch.testing.assert_close(generate_room.head_logits(hidden, weight), hidden @ weight.t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_keys_attend_like_repeated_ones(dtype: torch.dtype) -> None:
+    """One token or several, a mask or none, against attention over keys repeated for every head, in float64."""
+    torch.manual_seed(0)
+    for length, masked in ((1, True), (1, False), (4, True), (4, False)):
+        queries = torch.randn(2, 6, length, 8, dtype=dtype)
+        keys, values = torch.randn(2, 2, 2, 9 if masked else length, 8, dtype=dtype).unbind()
+        mask = torch.rand(2, 1, length, keys.shape[2]) < 0.6 if masked else None
+        if mask is not None:
+            mask[..., 0] = True
+        seen = torch.ones(length, length, dtype=torch.bool).tril() if mask is None else mask
+        wide = [x.double().repeat_interleave(3, dim=1) for x in (keys, values)]
+        scores = queries.double() @ wide[0].transpose(2, 3) / 8**0.5
+        expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ wide[1]
+        tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+        torch.testing.assert_close(
+            attend(queries, keys, values, mask).double(), expected, rtol=tolerance, atol=tolerance
+        )

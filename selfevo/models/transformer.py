@@ -133,6 +133,10 @@ def attention_mask(positions: Tensor, key_positions: Tensor, mask: Mask, window:
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
     """Attention (B, H, T, E) of queries to the keys and values (B, K, S, E) that the mask allows."""
+    heads, groups = queries.shape[1], keys.shape[1]
+    if queries.shape[2] == 1 and heads != groups and isinstance(mask, Tensor):
+        # one token a row: the heads that share keys become queries of one head, which reads its keys once
+        return attend(queries.unflatten(1, (groups, -1)).squeeze(3), keys, values, mask).view_as(queries)
     length, narrow = queries.shape[2], queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
     if narrow and mask is None and 1 < length <= _CAUSAL_PRODUCTS:
         mask = torch.ones(length, length, dtype=torch.bool).tril()
@@ -141,7 +145,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
     if not isinstance(mask, TreeMask):
         return F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None and length > 1,
-            enable_gqa=queries.shape[1] != keys.shape[1],
+            enable_gqa=heads != groups,
         )  # fmt: skip
     mixed = []
     for stretch in mask.stretches:
