@@ -29,7 +29,7 @@ EMBEDDED: dict[str, Any] = {
     "replay": str(HERE / "data" / "replay.json"),
     "test": str(HERE / "data" / "test.json"),
     "sft_learning_rate": 1e-3,
-    "learning_rate": 2.5e-5,
+    "learning_rate": 3e-5,
     "max_new_tokens": 64,
     "reflection_tokens": 160,
     "repetition_penalty": 1.0,  # it would tax every fact that a personal reply takes up from the dialogue

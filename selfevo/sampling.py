@@ -24,13 +24,15 @@ def candidates(logits: Tensor, *, temperature: float, top_k: int, top_p: float) 
     """Logits (R, V) -> probabilities and ids (R, C) of what may be drawn; what is filtered out has probability 0.
 
     Top-k keeps everything that ties with the k-th score. Top-p keeps the smallest set, likeliest first, whose mass
-    reaches p. ``top_k`` 0 and ``top_p`` 1 switch the filters off. Only then or on ties is the vocabulary sorted.
+    reaches p. ``top_k`` 0 and ``top_p`` 1 switch the filters off. The vocabulary is sorted only without a top-k.
     """
     vocab = logits.shape[1]
     k = min(top_k, vocab) if top_k else vocab
-    scores, ids = logits.topk(min(k + 1, vocab))
-    if k < vocab and bool((scores[:, k - 1] == scores[:, k]).any()):
-        scores, ids = logits.sort(dim=1, descending=True)
+    width = min(k + 1, vocab)
+    scores, ids = logits.topk(width)
+    while width < vocab and bool((scores[:, k - 1] == scores[:, -1]).any()):  # a tie that may go on; common in bfloat16
+        width = min(2 * width, vocab)
+        scores, ids = logits.topk(width)
     scores = scores.masked_fill(scores < scores[:, k - 1 : k], float("-inf"))
     probs = (scores / temperature).softmax(dim=1)
     if top_p < 1:

@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from selfevo.trie import TreeMask
 
 Mask = Tensor | TreeMask | None
-_CAUSAL_PRODUCTS = 1024  # longest plain causal row whose probabilities are kept, see _attend_by_products
+# See _attend_by_products: the longest plain causal row whose probabilities are kept, the fewest rows that it is for.
+_CAUSAL_PRODUCTS, _FEWEST_ROWS = 1024, 16
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
     length, narrow = queries.shape[2], queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
     if narrow and mask is None and 1 < length <= _CAUSAL_PRODUCTS:
         mask = torch.ones(length, length, dtype=torch.bool).tril()
-    if narrow and isinstance(mask, Tensor):
+    if narrow and isinstance(mask, Tensor) and length >= _FEWEST_ROWS:
         return _attend_by_products(queries, keys, values, mask)
     if not isinstance(mask, TreeMask):
         return F.scaled_dot_product_attention(
