@@ -26,14 +26,15 @@ LLAMA3_8B = ModelConfig(
     family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
     num_kv_heads=8, head_dim=128, norm_eps=1e-5, rope_theta=5e5, max_positions=8192, windows=(None,) * 32,
 )  # fmt: skip
-SHAPES = {"small": SMALL, "qwen2-0.5b": QWEN2_05B, "llama3-8b": LLAMA3_8B}
+TINY = replace(SMALL, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, head_dim=16, windows=(None,) * 2)
+SHAPES = {"tiny": TINY, "small": SMALL, "qwen2-0.5b": QWEN2_05B, "llama3-8b": LLAMA3_8B}
 
 
 @torch.no_grad()
 def write_random(shape: str, folder: Path, tokenizer: ChatTokenizer, dtype: torch.dtype) -> None:
     """A checkpoint with random weights in Hugging Face layout, so that every contender loads the same."""
     torch.manual_seed(0)
-    config = SHAPES[shape]
+    config = replace(SHAPES[shape], vocab_size=tokenizer.vocab_size + 16) if shape == "tiny" else SHAPES[shape]
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Transformer(config).to(dtype)
     for parameter in model.parameters():
