@@ -14,11 +14,12 @@ ROOT = Path(__file__).resolve().parents[1]
 EMBEDDED = ROOT / "examples" / "embedded"
 
 
+REAL = ["--data", str(EMBEDDED / "data" / "test.json"), "--tokenizer", str(EMBEDDED / "backbone")]
+REAL += ["--rounds", "1", "--dialogues", "2"]
+
+
 def run(script: str, *arguments: str) -> str:
-    command = [
-        sys.executable, str(ROOT / "benchmarks" / script), "--data", str(EMBEDDED / "data" / "test.json"),
-        "--tokenizer", str(EMBEDDED / "backbone"), "--shape", "tiny", "--rounds", "1", "--dialogues", "2", *arguments,
-    ]  # fmt: skip
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--shape", "tiny", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -33,7 +34,7 @@ def ratios(report: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_beside_the_peers(dtype: str) -> None:
-    report = run("train.py", "--dtype", dtype)
+    report = run("train.py", *REAL, "--dtype", dtype)
     found = ratios(report)
     assert set(found) == {"plain loop", "TRL + PEFT"}
     assert all(ratio > 0 for ratio in found.values())
@@ -43,6 +44,11 @@ def test_training_beside_the_peers(dtype: str) -> None:
 
 
 def test_rollouts_beside_the_peers() -> None:
-    report = run("rollout.py", "--new", "4", "--peer-batch", "2", "--adapters")
+    report = run("rollout.py", *REAL, "--new", "4", "--peer-batch", "2", "--adapters")
     assert set(ratios(report)) == {"transformers, batch 2"}
     assert "computed / distinct 1.000" in report
+
+
+def test_longer_dialogues() -> None:
+    report = run("turns.py", "--turns", "2", "--tries", "1")
+    assert re.findall(r"^(\d+) turns", report, re.MULTILINE) == ["2", "4", "8"]
