@@ -30,7 +30,7 @@ from selfevo.lora import inject_lora
 from selfevo.losses import dpo_sft_loss
 from selfevo.models import load_model, load_tokenizer
 from selfevo.objectives import DPOObjective, PairIds, both_sides, reference_logps
-from selfevo.train import TrainSettings, train
+from selfevo.train import TrainSettings, keep_freed_memory, train
 from selfevo.trie import build_trie
 
 RANK, ALPHA, BETA, GAMMA, RATE = 8, 16, 0.1, 1.0, 5e-6
@@ -44,6 +44,7 @@ def device_and_dtype(dtype: str) -> tuple[torch.device, torch.dtype]:
 
 
 def selfevo_loop(folder: str, dtype: str, max_tokens: int, shuffle: str, checkpointed: bool) -> Work:
+    keep_freed_memory()  # as examples/iterate.py does
     device, kind = device_and_dtype(dtype)
     model = load_model(folder, dtype=kind, device=device)
     inject_lora(model, RANK, ALPHA)

@@ -19,6 +19,7 @@ from selfevo.evolve import EvolveConfig, evolve
 from selfevo.models.hub import locate
 from selfevo.models.loading import read_config
 from selfevo.models.memory import describe_memory, estimate_memory
+from selfevo.train import keep_freed_memory
 
 HERE = Path(__file__).resolve().parent / "embedded"
 # The embedded backbone has some 10,000 times fewer parameters than the paper's, and learns at rates to match.
@@ -103,6 +104,7 @@ def main() -> int:
             print(tell_memory(config))
             return 0
         print(f"selfevo: {config.backbone} on {config.esconv}, into {config.out}", flush=True)
+        keep_freed_memory()
         run = evolve(config, resume=resume)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
