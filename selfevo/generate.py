@@ -5,6 +5,7 @@ It knows ids, not text. Notation: R active rows (slots 0..R-1 of the cache), K k
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -66,15 +67,21 @@ class PrefillCache:
         return keys, values
 
 
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room that need not be written before it is used: a masked place has weight 0, and 0 times what fresh memory may
+    hold, NaN, is NaN. On a processor zeros come from the system, which maps a page when it is touched."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
 class SlotCache:
     """Preallocated keys and values (layers, slots, K, capacity, E); the active rows are the first slots."""
 
     def __init__(self, model: Transformer, slots: int, capacity: int) -> None:
         config = model.config
         shape = (config.num_layers, slots, config.num_kv_heads, capacity, config.head_dim)
-        # zeros: a masked place has weight 0, and 0 times the NaN that fresh memory may hold is NaN
-        self.keys = torch.zeros(shape, dtype=model.dtype, device=model.device)
-        self.values = torch.zeros_like(self.keys)
+        self.keys, self.values = (_zeros(shape, model.dtype, model.device) for _ in range(2))
         self.rows = torch.arange(slots, device=model.device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self.active, self.longest = 0, 0

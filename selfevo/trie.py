@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ids = NDArray[np.int64]
-# Measured on a processor: rows up to the first attend through one dense mask, which is then cheaper than many small
-# calls; forests up to the second share one call.
+# Rows of up to so many nodes attend through one dense mask, which costs the same as stretches there (measured on a
+# processor); forests of up to so many share one call.
 DENSE_ROW, DENSE_FOREST = 384, 96
 
 
