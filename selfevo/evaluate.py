@@ -68,7 +68,7 @@ def evaluate_model(
         replies = sample_replies(
             model, tokenizer, prompts, first,
             sampling=settings.sampling, max_new_tokens=settings.max_new_tokens,
-            label=f"{name} answers the test dialogues",
+            slots=settings.slots, label=f"{name} answers the test dialogues",
         )  # fmt: skip
         counts: Counter[str] = Counter()
         if reflecting:

@@ -83,6 +83,7 @@ class EvolveConfig:
     max_new_tokens: int = _option(128, "longest reply, in tokens")
     reflection_tokens: int = _option(384, "longest reflection, in tokens")
     tries: int = _option(3, "tries for a usable reflection before the golden reply is used")
+    slots: int = _option(32, "replies decoded at a time; lower it where memory is short")
     max_tokens: int = _option(4096, "distinct tokens of one packed row; lower it where memory is short")
     shuffle: str = _option(
         "dialogues", "what is shuffled: 'pairs' gives up sharing context across turns", choices=SHUFFLES
@@ -97,7 +98,7 @@ class EvolveConfig:
     chat_format: str = _option("", "llama3, qwen2, mistral or plain, where the backbone's own template is unknown")
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "max_new_tokens", "reflection_tokens", "tries", "max_tokens", "rank"):
+        for name in ("iterations", "max_new_tokens", "reflection_tokens", "tries", "max_tokens", "rank", "slots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("limit", "replay_count", "gamma"):
@@ -117,7 +118,7 @@ class EvolveConfig:
         seed = self.seed * 1_000_003 + salt
         return RefineSettings(
             Sampling(self.temperature, self.top_p, self.top_k, self.repetition_penalty, seed),
-            self.max_new_tokens, self.reflection_tokens, self.tries, self.style, self.chosen,
+            self.max_new_tokens, self.reflection_tokens, self.tries, self.style, self.chosen, self.slots,
         )  # fmt: skip
 
     def training(self, learning_rate: float) -> TrainSettings:

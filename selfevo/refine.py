@@ -77,6 +77,7 @@ class RefineSettings:
     tries: int = 3
     style: str = "strategies"
     chosen: str = "refined"
+    slots: int = 32
 
 
 def make_pairs(
@@ -97,7 +98,7 @@ def make_pairs(
     prompts = [reply_prompt(to_messages(example.context), settings.style) for example in examples]
     replies = sample_replies(
         model, tokenizer, prompts, folder / "replies.jsonl",
-        sampling=settings.sampling, max_new_tokens=settings.max_new_tokens, label="replies",
+        sampling=settings.sampling, max_new_tokens=settings.max_new_tokens, slots=settings.slots, label="replies",
     )  # fmt: skip
     reflections = None
     if settings.chosen == "refined":
@@ -132,6 +133,7 @@ def reflect(
             max_new_tokens=settings.reflection_tokens,
             keep_last=3,
             stop_when=lambda text: json_object_end(text) is not None,
+            slots=settings.slots,
             label=f"reflections, try {attempt}",
         )
         again = []

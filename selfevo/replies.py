@@ -66,19 +66,23 @@ def sample_replies(
     max_new_tokens: int,
     keep_last: int = 1,
     stop_when: Callable[[str], bool] | None = None,
+    slots: int = 32,
     label: str = "replies",
 ) -> list[Reply]:
     """One reply per conversation, in order; finished chunks are kept in ``path`` (JSON lines) and not sampled again.
 
     A reply has at most ``max_new_tokens``, and at most a quarter of the model's window. ``stop_when`` sees the text so
-    far whenever a token has closed a brace, and ends the reply.
+    far whenever a token has closed a brace, and ends the reply. ``slots`` replies are decoded at a time, which bounds
+    the memory of their keys and values.
     """
     max_new_tokens = min(max_new_tokens, model.config.max_positions // 4)  # a short window is mostly for the context
     records = _finished(path, len(prompts))
     while len(records) < len(prompts):
         chunk = range(len(records), min(len(records) + CHUNK, len(prompts)))
         name = f"{label}, {chunk.start + 1}-{chunk.stop} of {len(prompts)}"
-        replies = _sample_chunk(model, tokenizer, prompts, chunk, sampling, max_new_tokens, keep_last, stop_when, name)
+        replies = _sample_chunk(
+            model, tokenizer, prompts, chunk, sampling, max_new_tokens, keep_last, stop_when, slots, name
+        )
         records = records + [{"index": index, **vars(reply)} for index, reply in zip(chunk, replies)]
         write_jsonl(path, records)
     return [Reply(**{name: value for name, value in record.items() if name != "index"}) for record in records]
@@ -103,6 +107,7 @@ def _sample_chunk(
     max_new_tokens: int,
     keep_last: int,
     stop_when: Callable[[str], bool] | None,
+    slots: int,
     label: str,
 ) -> list[Reply]:
     room = model.config.max_positions - max_new_tokens
@@ -118,6 +123,7 @@ def _sample_chunk(
         max_new_tokens=max_new_tokens,
         stop_ids=tokenizer.stop_ids,
         keys=keys,
+        batch_size=slots,
         stop_when=None if stop_when is None else stop,
         progress=label,
         **vars(sampling),
