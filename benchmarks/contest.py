@@ -65,6 +65,21 @@ class Contender:
         self._process.terminate()
 
 
+def compete(
+    contenders: Sequence[Contender], jobs: Sequence[Any], tell: Callable[[Result], str]
+) -> dict[str, list[Result]]:
+    """Every contender's results, in turn, job by job; the first job warms up and is not counted. ``tell`` words one."""
+    results: dict[str, list[Result]] = {contender.name: [] for contender in contenders}
+    for number, job in enumerate(jobs):
+        for contender in contenders:
+            result = contender.work(job)
+            note = "" if number else "  (not counted)"
+            print(f"round {number}: {contender.name}: {tell(result)}{note}", flush=True)
+            if number:
+                results[contender.name].append(result)
+    return results
+
+
 def _serve(connection: Connection, prepare: Prepare, settings: dict[str, Any]) -> None:
     try:
         work = prepare(**settings)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import GIB, Contender, Result, Work, spread
+from contest import GIB, Contender, Work, compete, spread
 from shapes import SHAPES, dialogue_pairs, write_random
 from train import ALPHA, LINEARS, RANK, device_and_dtype
 
@@ -167,18 +167,7 @@ def main() -> None:
             for batch in options.peer_batch:
                 name = f"transformers{' continuous' if continuous else ''}, batch {batch}"
                 contenders.append(Contender(name, transformers_generate, **common, batch=batch, continuous=continuous))
-        results: dict[str, list[Result]] = {contender.name: [] for contender in contenders}
-        for number, job in enumerate(jobs):
-            for contender in contenders:
-                result = contender.work(job)
-                note = "  (not counted)" if number == 0 else ""
-                print(
-                    f"round {number}: {contender.name}: {result.counts['replies']:.0f} replies in "
-                    f"{result.seconds:.1f} s{note}",
-                    flush=True,
-                )
-                if number:
-                    results[contender.name].append(result)
+        results = compete(contenders, jobs, lambda r: f"{r.counts['replies']:.0f} replies in {r.seconds:.1f} s")
         one = contenders[0].work([jobs[0][0]])
         for contender in contenders:
             contender.close()

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import GIB, Contender, Result, Work, product_seconds, spread
+from contest import GIB, Contender, Result, Work, compete, product_seconds, spread
 from shapes import SHAPES, dialogue_pairs, write_random
 
 from selfevo.lora import inject_lora
@@ -215,18 +215,11 @@ def main() -> None:
             )
         if "trl" in options.against:
             contenders.append(Contender("TRL + PEFT", trl, **common))
-        results: dict[str, list[Result]] = {contender.name: [] for contender in contenders}
-        for number, job in enumerate(jobs):
-            for contender in contenders:
-                result = contender.work(job)
-                note = "  (not counted)" if number == 0 else ""
-                print(
-                    f"round {number}: {contender.name}: {result.counts['pairs']:.0f} pairs in {result.seconds:.1f} s, "
-                    f"loss {result.counts['loss']:.4f}{note}",
-                    flush=True,
-                )
-                if number:
-                    results[contender.name].append(result)
+        results = compete(
+            contenders,
+            jobs,
+            lambda r: f"{r.counts['pairs']:.0f} pairs in {r.seconds:.1f} s, loss {r.counts['loss']:.4f}",
+        )
         for contender in contenders:
             contender.close()
     print(f"\n{options.shape}, {options.dtype}, {torch.get_num_threads()} threads, {os.cpu_count()} processors, "
