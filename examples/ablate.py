@@ -33,6 +33,7 @@ from selfevo.evaluate import evaluate_model
 from selfevo.evolve import EvolveConfig, evolve, read_corpus
 from selfevo.files import read_json, read_jsonl, write_text
 from selfevo.lora import load_adapter, remove_adapters
+from selfevo.markup import markdown_table
 from selfevo.stages import check_run, load_backbone
 
 sys.path.insert(0, str(iterate.HERE))
@@ -87,15 +88,13 @@ def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
 def summary(runs: Mapping[str, list[Values]]) -> str:
     """A Markdown table: a row per model, the mean over the seeds and the range where there are several."""
     columns = list(next(iter(runs.values()))[0])
-    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, seeds in runs.items():
-        cells = []
-        for column in columns:
-            values = [scores[column] for scores in seeds]
-            spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-            cells.append(f"{sum(values) / len(values):.1f}{spread}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = {name: [_cell([scores[column] for scores in seeds]) for column in columns] for name, seeds in runs.items()}
+    return markdown_table(["model", *columns], rows)
+
+
+def _cell(values: list[float]) -> str:
+    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
+    return f"{sum(values) / len(values):.1f}{spread}"
 
 
 def main() -> int:

@@ -23,12 +23,12 @@ from pathlib import Path
 from selfevo.dialogue import Example
 from selfevo.endpoint import Endpoint, EndpointSettings, LocalResponder, Responder
 from selfevo.evaluate import answered_models, read_answers
-from selfevo.evolve import EvolveConfig
 from selfevo.files import FileError, read_json, read_records, write_json, write_jsonl, write_text
 from selfevo.generate import Sampling
 from selfevo.judge import ASPECTS, Aspect, Judgement, judge_replies, load_aspects, summarise
+from selfevo.markup import markdown_table
 from selfevo.significance import pearson
-from selfevo.stages import load_backbone
+from selfevo.stages import RunConfig, load_backbone
 
 Scores = Mapping[tuple[str, str], Mapping[str, float]]  # (model, id of the test turn) -> aspect -> score
 
@@ -62,7 +62,7 @@ def make_responder(options: argparse.Namespace, folder: Path) -> Responder:
             options.concurrency, timeout=options.timeout,
         )  # fmt: skip
         return Endpoint(settings, cache / "answers.jsonl")
-    model, tokenizer = load_backbone(EvolveConfig(backbone=options.judge, esconv="", out=str(folder)))
+    model, tokenizer = load_backbone(RunConfig(backbone=options.judge, esconv="", out=str(folder)))
     sampling = Sampling(options.temperature, options.top_p, 0, 1.0, 0)
     return LocalResponder(
         model, tokenizer, options.judge, cache, sampling=sampling, max_new_tokens=options.max_tokens
@@ -107,24 +107,20 @@ def read_human(path: str) -> Scores:
     }
 
 
-def table(folder: Path, judged: Mapping[str, Scores], aspects: Sequence[Aspect]) -> str:
+def table(folder: Path, names: Sequence[str], aspects: Sequence[Aspect]) -> str:
     """Markdown: a row per model, the mean of each aspect, how many replies were judged and what failed."""
-    columns = [aspect.name for aspect in aspects]
-    lines = ["| model | " + " | ".join(columns) + " | judged | failures |", "|---" * (len(columns) + 3) + "|"]
-    for name, scores in judged.items():
-        cells = []
-        for column in columns:
-            values = [by_aspect[column] for by_aspect in scores.values()]
-            cells.append(f"{sum(values) / len(values):.2f}" if values else "-")
-        failures = read_json(folder / f"{name}.judge.json")["failures"]
-        told = ", ".join(f"{reason} {count}" for reason, count in failures.items() if count) or "none"
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(scores)} | {told} |")
-    return "\n".join(lines)
+    rows = {}
+    for name in names:
+        report = read_json(folder / f"{name}.judge.json")
+        means = [f"{report['scores'][a.name]['mean']:.2f}" if report["answered"] else "-" for a in aspects]
+        told = ", ".join(f"{reason} {count}" for reason, count in report["failures"].items() if count) or "none"
+        rows[name] = [*means, str(report["answered"]), told]
+    return markdown_table(["model", *(aspect.name for aspect in aspects), "judged", "failures"], rows)
 
 
 def correlation_table(judged: Scores, human: Scores, aspects: Sequence[Aspect]) -> str:
     """Markdown: Pearson's r between judge and people per aspect, its interval and the number of replies."""
-    lines = ["| aspect | Pearson r | 95 % interval | replies |", "|---|---|---|---|"]
+    rows = {}
     for aspect in aspects:
         both = [
             (scores[aspect.name], human[key][aspect.name])
@@ -133,8 +129,8 @@ def correlation_table(judged: Scores, human: Scores, aspects: Sequence[Aspect]) 
         ]
         r, low, high = pearson([a for a, _ in both], [b for _, b in both])
         cells = ["-" if math.isnan(value) else f"{value:.3f}" for value in (r, low, high)]
-        lines.append(f"| {aspect.name} | {cells[0]} | {cells[1]} to {cells[2]} | {len(both)} |")
-    return "\n".join(lines)
+        rows[aspect.name] = [cells[0], f"{cells[1]} to {cells[2]}", str(len(both))]
+    return markdown_table(["aspect", "Pearson r", "95 % interval", "replies"], rows)
 
 
 def main() -> int:
@@ -146,7 +142,7 @@ def main() -> int:
         names = options.models or answered_models(folder)
         responder = make_responder(options, folder)
         judged = {name: judge_model(responder, folder, name, aspects, options.limit) for name in names}
-        text = table(folder, judged, aspects)
+        text = table(folder, names, aspects)
         if human:
             together = {key: scores for by_turn in judged.values() for key, scores in by_turn.items()}
             text += "\n\n" + correlation_table(together, human, aspects)

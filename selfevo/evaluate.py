@@ -15,6 +15,7 @@ from typing import Any
 
 from selfevo.dialogue import Example, Turn, to_messages
 from selfevo.files import FileError, read_json, read_jsonl, write_json, write_jsonl
+from selfevo.markup import interval_text, markdown_table
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
 from selfevo.prompts import reply_prompt
@@ -185,42 +186,36 @@ def _score_file(folder: Path, name: str, convention: str) -> Path:
 def comparison_table(scores: Mapping[str, Mapping[str, float]]) -> str:
     """Markdown in the form of Tables 2 and 6: a row per model, its values and the change against the row before."""
     columns = list(next(iter(scores.values())))
-    lines = _header("model", columns)
+    rows: dict[str, list[str]] = {}
     before: Mapping[str, float] | None = None
     for name, values in scores.items():
-        cells = [f"{values[c]:.2f}" + ("" if before is None else f" ({values[c] - before[c]:+.2f})") for c in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        changes = ["" if before is None else f" ({values[c] - before[c]:+.2f})" for c in columns]
+        rows[name] = [f"{values[c]:.2f}{change}" for c, change in zip(columns, changes)]
         before = values
-    return "\n".join(lines)
+    return markdown_table(["model", *columns], rows)
 
 
 def interval_table(folder: Path, names: Sequence[str], *, convention: str = "paper") -> str:
     """Markdown: a row per model, each score with its bootstrap interval where it has one."""
     reports = {name: read_json(_score_file(folder, name, convention))["scores"] for name in names}
     columns = list(next(iter(reports.values())))
-    lines = _header("model", columns)
-    for name, scores in reports.items():
-        cells = []
-        for column in columns:
-            low, high = scores[column].get("interval", (None, None))
-            cells.append(f"{scores[column]['value']:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})"))
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = {name: [_interval_cell(scores[column]) for column in columns] for name, scores in reports.items()}
+    return markdown_table(["model", *columns], rows)
+
+
+def _interval_cell(score: Mapping[str, Any]) -> str:
+    interval = f" ({interval_text(*score['interval'])})" if "interval" in score else ""
+    return f"{score['value']:.2f}{interval}"
 
 
 def significance_table(comparisons: Mapping[str, Mapping[str, Comparison]]) -> str:
     """Markdown: a row per pair of models, the mean difference of each score, its interval and the p-value."""
-    columns = list(next(iter(comparisons.values())))
-    lines = _header("difference", columns)
-    for name, row in comparisons.items():
-        cells = [f"{c.difference:+.2f} ({c.low:+.2f} to {c.high:+.2f}), {_p_text(c.p_value)}" for c in row.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = {
+        name: [f"{c.difference:+.2f} ({c.low:+.2f} to {c.high:+.2f}), {_p_text(c.p_value)}" for c in row.values()]
+        for name, row in comparisons.items()
+    }
+    return markdown_table(["difference", *next(iter(comparisons.values()))], rows)
 
 
 def _p_text(p_value: float) -> str:
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
-
-
-def _header(first: str, columns: Sequence[str]) -> list[str]:
-    return [f"| {first} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]

@@ -50,6 +50,14 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> H
     return element("div.table", element("p.caption", caption), box)
 
 
+def markdown_table(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
+    """A table in Markdown, for the terminal and for files: a row per name, its cells after it."""
+    lines = [[name, *cells] for name, cells in rows.items()]
+    rule = "|---" * len(head) + "|"
+    first, *others = ("| " + " | ".join(line) + " |" for line in [head, *lines])
+    return "\n".join([first, rule, *others])
+
+
 def interval_text(low: float, high: float, digits: int = 2) -> str:
     """``"9.10 to 10.00"``."""
     return f"{low:.{digits}f} to {high:.{digits}f}"

@@ -119,6 +119,14 @@ def _esc_columns(words: Callable[[str], list[str]], *, per_reply: bool, drop_las
     return [*found, _column("ROUGE-L", metrics.rouge_l, tokenize=words, beta=1.2)]
 
 
+def support_columns() -> list[Column]:
+    """The columns of Decoupled ESC over our own tokens, means over replies (``decoupledesc`` has them as published)."""
+    found = [_column(f"BLEU-{n}", metrics.bleu, max_n=n, level="sentence", smoothing="epsilon") for n in (1, 2, 3, 4)]
+    found += [_column("ROUGE-L", metrics.rouge_l), _column("F1", metrics.unigram_f1)]
+    found += [_alone(f"Distinct-{n}", metrics.distinct_n, n=n, level="utterance") for n in (1, 2, 3)]
+    return [*found, _alone("Length", metrics.mean_length)]
+
+
 def _column(name: str, metric: Callable[..., float], *, per_reply: bool = True, **how: Any) -> Column:
     return Column(name, _signature(metric, how), partial(metric, **how), per_reply)
 

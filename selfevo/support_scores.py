@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from selfevo import metrics
 from selfevo.decoupled import Labelled, Plan
 from selfevo.endpoint import Responder
 from selfevo.files import FileError, read_json, write_json
 from selfevo.judge import SUPPORT_ASPECTS, judge_replies, summarise
+from selfevo.markup import markdown_table
 from selfevo.mining import ErrorFinder, case_of
+from selfevo.scores import support_columns
 from selfevo.strategy import score_strategies
 
 STRATEGY_COLUMNS = {"accuracy": "accuracy", "weighted_f1": "weighted F1", "macro_f1": "macro F1", "bias": "bias"}
 Scores = dict[str, float]
-Measure = Callable[[list[str], list[str]], float]
 
 
 def score_plans_of(turns: Sequence[Labelled], plans: Sequence[Plan | None], path: Path) -> Scores:
@@ -55,8 +54,8 @@ def score_replies_of(
     if not answered:
         raise FileError(f"{path}: none of the {len(turns)} test contexts fits into the model's window")
     texts, golden = [text for _, _, text in answered], [turn.example.golden.text for turn, _, _ in answered]
-    columns = reply_columns()
-    scores = {name: measure(texts, golden) for name, (measure, _) in columns.items()}
+    columns = support_columns()
+    scores = {column.name: column.measure(texts, golden) for column in columns}
     counts: Counter[str] = Counter()
     verdicts = find_errors([case_of(turn, text, plan) for turn, plan, text in answered], counts)
     known = [errors for errors in verdicts if errors is not None]
@@ -64,7 +63,7 @@ def score_replies_of(
         scores["errors, %"] = 100 * fmean(bool(errors) for errors in known)
         counts.update(error for errors in known for error in errors)
     report: dict[str, Any] = {"replies": len(answered), "left_out_too_long": len(turns) - len(answered)}
-    report |= {"errors": dict(sorted(counts.items())), "signatures": {name: how for name, (_, how) in columns.items()}}
+    report |= {"errors": dict(sorted(counts.items())), "signatures": {c.name: c.signature for c in columns}}
     if judge is not None:
         failures: Counter[str] = Counter()
         asked = [(turn.example, text) for turn, _, text in answered]
@@ -76,39 +75,11 @@ def score_replies_of(
     return scores
 
 
-def reply_columns() -> dict[str, tuple[Measure, str]]:
-    """The measures of that work over our own words, means over replies, each with its signature.
-
-    Over nltk's words, as published, the same folder is scored by ``evaluate.score_answers(convention="decoupledesc")``.
-    """
-    found: dict[str, tuple[Measure, str]] = {}
-    for n in (1, 2, 3, 4):
-        bleu = partial(metrics.bleu, max_n=n, level="sentence", smoothing="epsilon")
-        found[f"BLEU-{n}"] = bleu, metrics.signature("bleu", max_n=n, level="sentence", smoothing="epsilon")
-    found["ROUGE-L"] = metrics.rouge_l, metrics.signature("rouge_l")
-    found["F1"] = metrics.unigram_f1, metrics.signature("unigram_f1")
-    for n in (1, 2, 3):
-        found[f"Distinct-{n}"] = partial(_distinct, n), metrics.signature("distinct_n", n=n, level="utterance")
-    found["Length"] = _length, metrics.signature("mean_length")
-    return found
-
-
-def _distinct(n: int, texts: list[str], _: list[str]) -> float:
-    return metrics.distinct_n(texts, n, level="utterance")
-
-
-def _length(texts: list[str], _: list[str]) -> float:
-    return metrics.mean_length(texts)
-
-
 def table_of(rows: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str:
     """Markdown: a row per system, empty where it has no such score; of several values the mean and the range."""
     columns = list(dict.fromkeys(column for values in rows.values() for column in values))
-    lines = ["| model | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for name, values in rows.items():
-        cells = [_cell(values[column]) if column in values else "" for column in columns]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    cells = {name: [_cell(values[c]) if c in values else "" for c in columns] for name, values in rows.items()}
+    return markdown_table(["model", *columns], cells)
 
 
 def _cell(value: float | Sequence[float]) -> str:
