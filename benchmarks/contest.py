@@ -25,7 +25,7 @@ Prepare = Callable[..., Work]
 
 @dataclass(frozen=True)
 class Result:
-    """One round: ``peak`` and ``resting`` are bytes, the highest during the round and before it."""
+    """One round: ``peak`` and ``resting`` are bytes, the highest so far and before the first round."""
 
     seconds: float
     peak: int
@@ -84,10 +84,12 @@ def _serve(connection: Connection, prepare: Prepare, settings: dict[str, Any]) -
     try:
         work = prepare(**settings)
         connection.send(None)
+        resting = None
         while True:
             job = connection.recv()
             gc.collect()
-            resting = _start_peak()
+            if resting is None:  # once: a processor's memory that is given back is mapped afresh in the next round
+                resting = _start_peak()
             started = time.perf_counter()
             counts = work(job)
             if torch.cuda.is_available():

@@ -21,7 +21,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from selfevo.lowrank import adapted_linear
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -38,40 +39,6 @@ _UNDERSTOOD = {
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 L = TypeVar("L", bound=nn.Linear)
-
-
-class _LowRank(torch.autograd.Function):
-    """(..., I), (r, I), (O, r) -> (..., O) in the dtype of A and B.
-
-    Autograd alone would keep a float32 copy of x for every layer; here x is kept as it came, in bfloat16 and shared by
-    all the layers that read it, and is widened again in the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            narrow = F.linear(x.to(a.dtype), a)
-            result = F.linear(narrow, b)
-        ctx.x_dtype = x.dtype
-        _, needs_a, needs_b = ctx.needs_input_grad
-        ctx.save_for_backward(x if needs_a else None, narrow if needs_b else None, a, b)
-        return result
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, narrow, a, b = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
-            grad_narrow = grad @ b
-            grad_x = (grad_narrow @ a).to(ctx.x_dtype) if ctx.needs_input_grad[0] else None
-            grad_a = None if x is None else _rows(grad_narrow).t() @ _rows(x).to(a.dtype)
-            grad_b = None if narrow is None else _rows(grad).t() @ _rows(narrow)
-        return grad_x, grad_a, grad_b
-
-
-def _rows(x: Tensor) -> Tensor:
-    """(..., size) -> (rows, size)."""
-    return x.reshape(-1, x.shape[-1])
 
 
 class LoRALinear(nn.Linear):
@@ -125,18 +92,19 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        low_rank: Callable[[Tensor, Tensor, Tensor], Tensor] = _LowRank.apply
+        if not (self.adapter_enabled or len(self.frozen_A)):
+            return F.linear(x, self.weight, self.bias)
+        # Beside a frozen stack a disabled adapter is one of zeros, of the same shape: policy and reference then agree
+        # to the last bit at the first step.
+        b = self.lora_B * self.scale if self.adapter_enabled else torch.zeros_like(self.lora_B)
+        if not (self.dropout or torch.is_autocast_enabled(x.device.type)):
+            return adapted_linear(x, self.weight, self.bias, self.frozen_A, self.frozen_B, self.lora_A, b)
         result = F.linear(x, self.weight, self.bias)
-        total = result
-        # Two products rather than one over concatenated factors: a fresh adapter then adds exact zeros, so that policy
-        # and reference agree to the last bit at the first step.
-        if self.frozen_A.shape[0]:
-            total = total + low_rank(x, self.frozen_A, self.frozen_B)
-        if self.adapter_enabled:
-            if self.dropout and self.training:
-                x = F.dropout(x.to(self.lora_A.dtype), self.dropout)
-            total = total + low_rank(x, self.lora_A, self.lora_B * self.scale)
-        return total.to(result.dtype)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(b.dtype)
+            dropped = F.dropout(wide, self.dropout, self.training)
+            frozen = F.linear(F.linear(wide, self.frozen_A), self.frozen_B)
+            return (result + frozen + F.linear(F.linear(dropped, self.lora_A), b)).to(result.dtype)
 
     def extra_repr(self) -> str:
         adapter = f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, frozen_rank={self.frozen_A.shape[0]}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 # Logits held at once by linear_logps: some hundreds of rows, so that reading the head is not the bottleneck.
-_CPU_CHUNK_BYTES = 128 * 2**20
+_CPU_CHUNK_BYTES = 192 * 2**20
 _ACCELERATOR_CHUNK_BYTES = 256 * 2**20
 # The softmax takes several passes over the logits: on the processor over as many rows at a time as its cache holds.
 _CPU_BLOCK_BYTES = 4 * 2**20
@@ -86,7 +86,8 @@ def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size:
     _check_targets(targets, weight.shape[0])
     if chunk_size is None:
         budget = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
-        chunk_size = max(1, budget // (weight.element_size() * max(1, weight.shape[0])))
+        most = max(1, budget // (weight.element_size() * max(1, weight.shape[0])))
+        chunk_size = -(-len(hidden) // max(1, -(-len(hidden) // most))) or 1  # equal chunks: a small rest is slow
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     if not torch.is_grad_enabled():  # a Function is told what requires grad, not whether anyone will ask for it

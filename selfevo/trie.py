@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -53,6 +54,15 @@ class TreeMask:
     @cached_property
     def stretches(self) -> list[Stretch]:
         return list(self._stretches(0, len(self.trie), ()))
+
+    @cached_property
+    def pieces(self) -> tuple[list[int], list[list[int]]]:
+        """The sizes of the pieces into which the stretches cut the row, and the pieces that each of them attends to."""
+        parts = [(*stretch.before, stretch.nodes) for stretch in self.stretches]
+        edges = sorted({edge for seen in parts for part in seen for edge in (part.start, part.stop)})
+        place = {edge: number for number, edge in enumerate(edges)}
+        attended = [[n for part in seen for n in range(place[part.start], place[part.stop])] for seen in parts]
+        return [stop - start for start, stop in pairwise(edges)], attended
 
     def _stretches(self, start: int, stop: int, before: tuple[slice, ...]) -> Iterator[Stretch]:
         """Those of the subtrees laid out in start..stop, which all hang below the same nodes ``before`` them."""

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from selfevo.models.elementwise import rms_norm, rotate, swiglu
 from selfevo.trie import TreeMask
 
 
@@ -28,8 +29,9 @@ class RaggedMask:
 
 
 Mask = Tensor | TreeMask | RaggedMask | None
-# See _attend_by_products: the longest plain causal row whose probabilities are kept, the fewest rows that it is for.
-_CAUSAL_PRODUCTS, _FEWEST_ROWS = 1024, 16
+# See _attend_by_products: the longest plain causal row whose probabilities are kept; up to how many queries PyTorch's
+# fused kernel takes longer backward whatever the dtype.
+_CAUSAL_PRODUCTS, _FEW_ROWS = 1024, 16
 
 
 @dataclass(frozen=True)
@@ -114,12 +116,6 @@ def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> t
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the rotate-half form: x (B, H, T, E)."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def attention_mask(positions: Tensor, key_positions: Tensor, mask: Mask, window: int | None) -> Mask:
     """The boolean mask (B, 1, T, S), True where a token may attend; None stands for plain causal attention.
 
@@ -155,7 +151,8 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
     length, narrow = queries.shape[2], queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
     if narrow and mask is None and 1 < length <= _CAUSAL_PRODUCTS:
         mask = torch.ones(length, length, dtype=torch.bool).tril()
-    if narrow and isinstance(mask, Tensor) and length >= _FEWEST_ROWS:
+    few = 1 < length <= _FEW_ROWS and torch.is_grad_enabled()
+    if isinstance(mask, Tensor) and (few or (narrow and length > _FEW_ROWS)):
         return _attend_by_products(queries, keys, values, mask)
     if isinstance(mask, RaggedMask):
         return torch.cat([
@@ -167,11 +164,13 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
             queries, keys, values, attn_mask=mask, is_causal=mask is None and length > 1,
             enable_gqa=heads != groups,
         )  # fmt: skip
+    sizes, attended = mask.pieces  # split, rather than sliced, the parts' gradients come together in one pass
+    each = queries.split([stretch.nodes.stop - stretch.nodes.start for stretch in mask.stretches], dim=2)
+    key_pieces, value_pieces = keys.split(sizes, dim=2), values.split(sizes, dim=2)
     mixed = []
-    for stretch in mask.stretches:
-        seen = (*stretch.before, stretch.nodes)
-        own_keys, own_values = (torch.cat([x[:, :, part] for part in seen], dim=2) for x in (keys, values))
-        mixed.append(attend(queries[:, :, stretch.nodes], own_keys, own_values, stretch.mask))
+    for own, stretch, seen in zip(each, mask.stretches, attended):
+        own_keys, own_values = (torch.cat([pieces[n] for n in seen], dim=2) for pieces in (key_pieces, value_pieces))
+        mixed.append(attend(own, own_keys, own_values, stretch.mask))
     return torch.cat(mixed, dim=2)
 
 
@@ -194,9 +193,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)  # back to the input dtype first, as the checkpoints were trained
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -230,10 +227,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
-        if torch.is_grad_enabled():
-            return self.down_proj(F.silu(gate) * self.up_proj(x))
-        return self.down_proj(F.silu(gate, inplace=True).mul_(self.up_proj(x)))  # fresh memory costs more than the sums
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nn.Module):
