@@ -25,6 +25,7 @@ from contest import GIB, Contender, Work, compete, spread
 from shapes import SHAPES, dialogue_pairs, write_random
 from train import ALPHA, LINEARS, RANK, device_and_dtype
 
+from selfevo import caches
 from selfevo import generate as room
 from selfevo.generate import Sampling, generate
 from selfevo.lora import inject_lora
@@ -61,7 +62,7 @@ def selfevo_decoder(folder: str, dtype: str, new: int, batch: int, adapters: boo
     if adapters:
         inject_lora(model, RANK, ALPHA)
     timers, prefilled = Timers(), [0]
-    prefill, extend = room._Decoder._prefill, room.PrefillCache.extend
+    prefill, extend = room._Decoder._prefill, caches.PrefillCache.extend
 
     def counted(self: Any, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Any:
         prefilled[0] += keys.shape[2] if layer == 0 else 0
@@ -71,7 +72,7 @@ def selfevo_decoder(folder: str, dtype: str, new: int, batch: int, adapters: boo
     room._Decoder._decode = timers.around("decode", room._Decoder._decode)  # type: ignore[method-assign]
     room._Decoder._accept = timers.around("head and sampling", room._Decoder._accept)  # type: ignore[method-assign]
     room.Sampling.choose = timers.around("sampling", room.Sampling.choose)  # type: ignore[method-assign]
-    room.PrefillCache.extend = counted  # type: ignore[method-assign]
+    caches.PrefillCache.extend = counted  # type: ignore[method-assign]
 
     def work(job: Job) -> dict[str, float]:
         timers.seconds.clear()

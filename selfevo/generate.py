@@ -5,24 +5,23 @@ It knows ids, not text. Notation: R active rows (slots 0..R-1 of the cache), K k
 
 from __future__ import annotations
 
-import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from selfevo.caches import PrefillCache, Prompt, row_cache
 from selfevo.folding import folded_adapters
-from selfevo.models.transformer import RaggedMask, Transformer
+from selfevo.models.transformer import Transformer
 from selfevo.sampling import candidates, draw, penalise, uniform_noise
 from selfevo.trie import Ids, as_ids, build_trie, pack
 
 MAX_PREFILL_TOKENS = 4096  # distinct prompt tokens of one prefill pass
-PART_ROWS = 8  # neighbouring rows that attend to as many keys as the longest of them has
 HEAD_PART = 2048  # rows of the head in one product, see head_logits
 
 
@@ -55,57 +54,6 @@ class Sampling:
             return logits.argmax(dim=1)
         probs, ids = candidates(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
         return draw(probs, ids, uniform_noise(self.seed, keys, steps))
-
-
-class PrefillCache:
-    """Keeps the keys and values of one packed row, layer by layer."""
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.layers.append((keys[0], values[0]))
-        return keys, values
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room that need not be written before it is used: a masked place has weight 0, and 0 times what fresh memory may
-    hold, NaN, is NaN. On a processor zeros come from the system, which maps a page when it is touched."""
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
-class SlotCache:
-    """Preallocated keys and values (layers, slots, K, capacity, E); the active rows are the first slots."""
-
-    def __init__(self, model: Transformer, slots: int, capacity: int) -> None:
-        config = model.config
-        shape = (config.num_layers, slots, config.num_kv_heads, capacity, config.head_dim)
-        self.keys, self.values = (_zeros(shape, model.dtype, model.device) for _ in range(2))
-        self.rows = torch.arange(slots, device=model.device)
-        self.lengths = torch.zeros(slots, dtype=torch.int64, device=model.device)
-        self.active, self.longest = 0, 0
-
-    def fill(self, slot: int, prefill: PrefillCache, path: Tensor) -> None:
-        """Hands a prompt the keys and values of its own prefixes."""
-        for layer, (keys, values) in enumerate(prefill.layers):
-            self.keys[layer, slot, :, : len(path)] = keys[:, path]
-            self.values[layer, slot, :, : len(path)] = values[:, path]
-        self.lengths[slot] = len(path)
-
-    def move(self, source: int, target: int) -> None:
-        length = int(self.lengths[source])
-        for stored in (self.keys, self.values):
-            stored[:, target, :, :length] = stored[:, source, :, :length]
-        self.lengths[target] = length
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        rows, places = self.rows[: self.active], self.lengths[: self.active]
-        self.keys[layer, rows, :, places] = keys[:, :, 0]
-        self.values[layer, rows, :, places] = values[:, :, 0]
-        span = slice(0, self.longest + 1)
-        return self.keys[layer, : self.active, :, span], self.values[layer, : self.active, :, span]
 
 
 @dataclass
@@ -186,16 +134,17 @@ class _Decoder:
         self.max_new_tokens, self.stop_ids = max_new_tokens, stop_ids
         self.stop_when, self.on_reply = stop_when, on_reply
         slots = min(batch_size, len(sequences))
-        capacity = max(len(sequence.prompt) for sequence in sequences) + max_new_tokens
-        self.cache = SlotCache(model, slots, capacity)
-        self.seen = torch.zeros(slots, capacity, dtype=torch.int64, device=model.device)
+        longest = max(len(sequence.prompt) for sequence in sequences)
+        self.cache = row_cache(model, slots, longest, max_new_tokens)
+        self.logits = torch.empty(slots, model.config.vocab_size, device=model.device)
+        self.seen = torch.zeros(slots, longest + max_new_tokens, dtype=torch.int64, device=model.device)
         self.keys = torch.zeros(slots, dtype=torch.int64, device=model.device)
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=model.device)  # of prompt and reply
         self.steps = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self.last = torch.zeros(slots, dtype=torch.int64, device=model.device)
         packs = pack([[sequence.prompt] for sequence in sequences], MAX_PREFILL_TOKENS)
         self.packs = deque([sequences[index] for index in members] for members in packs)
-        self.ready: deque[tuple[Reply, Tensor, Tensor]] = deque()  # prefilled: sequence, path, last hidden state
-        self.prefill = PrefillCache()
+        self.ready: deque[tuple[Reply, Prompt, Tensor]] = deque()  # prefilled: sequence, keys, last hidden state
         self.running: list[Reply] = []
         self.finished = self.produced = 0
 
@@ -211,29 +160,22 @@ class _Decoder:
     def _decode(self) -> Tensor:
         """Feeds the last tokens: hidden states (R, D)."""
         rows = len(self.running)
-        cache, lengths = self.cache, self.cache.lengths[:rows]
-        known = lengths.tolist()
-        cache.active, cache.longest = rows, max(known)
-        span = torch.arange(cache.longest + 1, device=self.model.device)
-        size = PART_ROWS if self.model.device.type == "cpu" else rows
-        starts = range(0, rows, size)
-        parts = tuple((slice(start, start + size), max(known[start : start + size]) + 1) for start in starts)
-        mask = RaggedMask((span[None, :] <= lengths[:, None])[:, None], parts)
+        step = self.cache.step(rows)
         hidden = self.model.hidden_states(
-            self.last[:rows, None], lengths[:, None], mask, cache=cache, key_positions=span.expand(rows, -1)
+            self.last[:rows, None], step.positions, step.mask, cache=self.cache, key_positions=step.key_positions
         )
-        cache.lengths[:rows] += 1
         return hidden[:, 0]
 
     def _accept(self, rows: slice, hidden: Tensor) -> None:
         """Chooses the next token of some rows and appends it to their replies."""
-        lengths = self.cache.lengths[rows]
+        lengths = self.lengths[rows]
         seen = self.seen[rows, : int(lengths.max())]
-        logits = head_logits(hidden, self.model.lm_head.weight)
+        logits = head_logits(hidden, self.model.lm_head.weight, self.logits)
         tokens = self.sampling.choose(logits, seen, self.keys[rows], self.steps[rows])
         self.last[rows] = tokens
         self.steps[rows] += 1
         self.seen[rows].scatter_(1, lengths[:, None], tokens[:, None])
+        self.lengths[rows] += 1
         for sequence, token in zip(self.running[rows], tokens.tolist()):
             sequence.reply.append(token)
         self.produced += len(tokens)
@@ -253,7 +195,7 @@ class _Decoder:
             final = len(self.running) - 1
             if row != final:
                 self.cache.move(final, row)
-                for state in (self.seen, self.keys, self.steps, self.last):
+                for state in (self.seen, self.keys, self.lengths, self.steps, self.last):
                     state[row] = state[final]
                 self.running[row] = self.running[final]
             self.running.pop()
@@ -263,12 +205,12 @@ class _Decoder:
         first = len(self.running)
         states = []
         while len(self.running) < len(self.keys) and (self.ready or self._prefill()):
-            sequence, path, hidden = self.ready.popleft()
+            sequence, branch, hidden = self.ready.popleft()
             slot, prompt = len(self.running), torch.from_numpy(sequence.prompt)
-            self.cache.fill(slot, self.prefill, path)
+            self.cache.enter(slot, branch)
             self.seen[slot] = int(prompt[0])  # the room for new tokens repeats a token that was seen anyway
             self.seen[slot, : len(prompt)] = prompt
-            self.keys[slot], self.steps[slot] = sequence.key, 0
+            self.keys[slot], self.lengths[slot], self.steps[slot] = sequence.key, len(prompt), 0
             self.running.append(sequence)
             states.append(hidden)
         if states:
@@ -282,31 +224,36 @@ class _Decoder:
         members = self.packs.popleft()
         trie = build_trie([sequence.prompt for sequence in members])
         device = self.model.device
-        self.prefill = PrefillCache()
+        prefill = PrefillCache()
         tokens, positions = trie.tokens.to(device)[None], trie.positions.to(device)[None]
-        hidden = self.model.hidden_states(tokens, positions, trie.mask(device), cache=self.prefill)[0]
-        for sequence, path in zip(members, trie.paths):
-            nodes = torch.from_numpy(np.ascontiguousarray(path)).to(device)
-            self.ready.append((sequence, nodes, hidden[nodes[-1]]))
+        hidden = self.model.hidden_states(tokens, positions, trie.mask(device), cache=prefill)[0]
+        last = hidden[torch.tensor([path[-1] for path in trie.paths], device=device)]
+        self.ready += zip(members, self.cache.prompts(prefill, trie), last)
         return True
 
 
-def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Hidden states (R, D), head (V, D) -> logits (R, V).
+def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Hidden states (R, D), head (V, D) -> logits (R, V) float32, written to the first rows of ``out``.
 
-    On a processor in float32 the head comes in parts that the cache holds, each as the left side of the product: with
-    few rows on that side, threads have nothing to share, and a single row would be read at a third of the memory's
-    rate.
+    On a processor the head comes in parts that the cache holds, in float32 each as the left side of the product: with
+    few rows on that side, threads would have nothing to share. There a single row is read at a third of the memory's
+    rate, so it goes twice; where there are matrix units, it is the other way round.
     """
-    if hidden.device.type != "cpu" or hidden.dtype != torch.float32:
-        return F.linear(hidden, weight)
-    rows = len(hidden)
+    rows, logits = len(hidden), out[: len(hidden)]
+    if hidden.device.type != "cpu":
+        return logits.copy_(F.linear(hidden, weight))
+    right = hidden.dtype != torch.float32 or (rows < 4 and _has_matrix_units())
     columns = (hidden if rows > 1 else hidden.repeat(2, 1)).t()  # a view: laid out anew it takes five times as long
-    logits = hidden.new_empty(rows, len(weight))
     for start in range(0, len(weight), HEAD_PART):
         part = slice(start, start + HEAD_PART)
-        logits[:, part] = torch.mm(weight[part], columns).t()[:rows]
+        own = weight[part]
+        logits[:, part] = F.linear(hidden, own) if right else torch.mm(own, columns).t()[:rows]
     return logits
+
+
+def _has_matrix_units() -> bool:
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+    return bool(capabilities.get("amx_tile"))
 
 
 def _check(

@@ -14,9 +14,10 @@ PACKAGE = Path(__file__).resolve().parents[1] / "selfevo"
 ORDER = [
     "files", "markup", "salvage", "dialogue", "prompts", "trie", "sampling", "losses", "lowrank", "lora", "tokens",
     "metrics", "significance", "scores", "strategy",
-    "models.elementwise", "models.transformer", "models.memory", "models.config", "models.chat", "models.hub",
-    "models.llama", "models.qwen2", "models.mistral", "models.tokenizer", "models.loading", "models",
-    "datasets", "scoring", "folding", "generate", "replies", "endpoint",
+    "models.elementwise", "models.attention", "models.transformer", "models.memory", "models.config",
+    "models.chat", "models.hub", "models.llama", "models.qwen2", "models.mistral", "models.tokenizer",
+    "models.loading", "models",
+    "datasets", "scoring", "folding", "caches", "generate", "replies", "endpoint",
     "objectives", "train", "corpus", "refine", "evaluate", "judge", "analysis", "figures",
     "stages", "evolve", "samples", "scoreboard", "report",
     "decoupled", "mining", "support_scores", "decoupled_run",

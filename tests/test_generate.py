@@ -6,23 +6,29 @@ import contextlib
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as processors
 
+from selfevo import caches
 from selfevo import generate as generate_room
+from selfevo import sampling as sampling_room
+from selfevo.caches import SlotCache
 from selfevo.folding import folded_adapters
 from selfevo.generate import Sampling, generate
 from selfevo.lora import LoRALinear, disable_adapters, freeze_adapter, inject_lora, lora_parameters
 from selfevo.models import load_model
-from selfevo.models.transformer import attend
-from selfevo.sampling import candidates, draw, penalise, uniform_noise
+from selfevo.models.attention import SharedPrefixes, Trunk, attend, attend_shared
+from selfevo.sampling import candidates, draw, largest, penalise, uniform_noise
 from selfevo.scoring import response_logps
+from selfevo.trie import build_trie
 
 PROMPTS = [[3, 1, 4, 1, 5], [3, 1, 4], [9, 2, 6, 5, 3, 5, 8, 9, 7, 9], [3, 1, 4, 1, 5], [2], [3, 1, 9, 9]]
 
@@ -187,13 +193,102 @@ def test_every_reply_is_told_once_when_it_is_finished() -> None:
     assert list(told) != sorted(told)  # the shorter ones came first
 
 
-def test_rows_of_unequal_length_attend_to_their_own_keys_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, prompts = tiny_model(windows=(None, 7)), [list(range(1, 2 + 9 * n)) for n in range(6)]
-    whole = generate(model, prompts, max_new_tokens=12, batch_size=6)
-    assert max(map(len, prompts)) > 5 * min(map(len, prompts))
-    for rows in (1, 2, 4):
-        monkeypatch.setattr(generate_room, "PART_ROWS", rows)
-        assert generate(model, prompts, max_new_tokens=12, batch_size=6) == whole
+@pytest.mark.parametrize("windows", [(None, None), (None, 7), (3, 40)])
+def test_shared_trunks_give_the_replies_of_rows_that_keep_their_own_prompts(
+    windows: tuple[int | None, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relatives, strangers, one prompt twice and a lone short one; replies end at different times, so rows move."""
+    model = tiny_model(windows=windows)
+    trunk = list(range(1, 50))
+    prompts = [[*trunk[:n], 50 + n % 10] for n in (5, 20, 31, 48, 31)] + [
+        [60, *range(3, 30)],
+        [2],
+        [60, 3, 4, 5],
+        trunk,
+    ]
+
+    def ends(reply: list[int]) -> bool:
+        return sum(reply) % 5 == 0
+
+    expected: list[list[int]] | None = None
+    for spread in (1.0, 1.5, 100.0):
+        monkeypatch.setattr(caches, "SPREAD", spread)
+        for slots in (1, 4, 9):
+            found = generate(model, prompts, max_new_tokens=12, batch_size=slots, stop_when=ends)
+            expected = expected or found
+            assert found == expected
+    assert len({len(reply) for reply in expected or ()}) > 2
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            generate_room, "row_cache", lambda model, slots, longest, new: SlotCache(model, slots, longest + new)
+        )
+        for slots in (1, 4, 9):
+            assert generate(model, prompts, max_new_tokens=12, batch_size=slots, stop_when=ends) == expected
+
+
+def test_relatives_share_a_trunk_and_strangers_do_not() -> None:
+    trunk = list(range(100))
+    prompts = [[*trunk[:n], 200 + n] for n in (60, 80, 99)] + [[7, *range(150, 190)], [7, *range(150, 180), 9]]
+    trie = build_trie(prompts)
+    groups = caches._relatives(trie.paths)
+    assert [len(group) for group in groups] == [3, 2]
+    assert all(len(set().union(*map(list, group))) <= 1.5 * max(map(len, group)) for group in groups)
+
+
+@settings(deadline=None, max_examples=20)
+@given(
+    rows=st.integers(1, 5), groups=st.sampled_from([1, 2]), each=st.sampled_from([1, 3]), own=st.integers(1, 4),
+    scale=st.sampled_from([0.1, 1.0, 30.0]), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_attention_in_two_parts_is_attention_over_all_keys(
+    rows: int, groups: int, each: int, own: int, scale: float, seed: int
+) -> None:
+    """Against one softmax over trunk and own keys together, in float64, also where scores are extreme."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    queries = scale * normal(rows, groups * each, 1, 8)
+    keys, values = normal(rows, groups, own, 8), normal(rows, groups, own, 8)
+    trunks, sees = [], []
+    sizes = [rows] if rows < 3 else [2, rows - 2]
+    for size in sizes:
+        hidden = torch.rand(size, 6, generator=generator) < 0.4
+        trunks.append(Trunk(normal(2, groups, 6, 8), normal(2, groups, 6, 8), torch.arange(6), hidden))
+        sees.append(~hidden)
+    order = torch.randperm(rows, generator=generator)
+    unseen = torch.rand(rows, own, generator=generator) < 0.4
+    unseen[:, 0] = False
+    shared = SharedPrefixes(trunks, sizes, order, order.argsort(), unseen)
+    found = attend_shared(queries, keys, values, shared, 1)
+    place = 0
+    for trunk, size, seen in zip(trunks, sizes, sees):
+        for offset in range(size):
+            row = int(order[place + offset])
+            all_keys = torch.cat((trunk.keys[1], keys[row]), dim=1).repeat_interleave(each, dim=0)
+            all_values = torch.cat((trunk.values[1], values[row]), dim=1).repeat_interleave(each, dim=0)
+            allowed = torch.cat((seen[offset], ~unseen[row]))
+            expected = F.scaled_dot_product_attention(queries[row], all_keys, all_values, attn_mask=allowed[None])
+            torch.testing.assert_close(found[row], expected)
+        place += size
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    rows=st.integers(1, 4), size=st.integers(1, 3000), width=st.integers(1, 9), levels=st.sampled_from([3, 50, 10**6]),
+    seed=st.integers(0, 999),
+)  # fmt: skip
+def test_the_largest_by_blocks_are_those_of_topk(rows: int, size: int, width: int, levels: int, seed: int) -> None:
+    """Ties and all: the same values in the same order, at places that hold them, each once."""
+    width = min(width, size)
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(levels, (rows, size), generator=generator).float()
+    with mock.patch.object(sampling_room, "_BLOCK", 4):
+        found, places = largest(scores, width)
+    assert torch.equal(found, scores.topk(width).values)
+    assert torch.equal(scores.gather(1, places), found)
+    assert all(len(set(row)) == width for row in places.tolist())
 
 
 def test_training_mode_is_restored_and_an_empty_list_is_an_empty_list() -> None:
@@ -265,7 +360,12 @@ def test_a_bfloat16_model_keeps_its_adapters_apart() -> None:
 def test_the_head_in_parts_is_the_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generate_room, "HEAD_PART", 7)
     hidden, weight = torch.randn(3, 5, dtype=dtype), torch.randn(23, 5, dtype=dtype)
-    torch.testing.assert_close(generate_room.head_logits(hidden, weight), hidden @ weight.t())
+    out = torch.empty(4, 23)
+    for units in (False, True):
+        monkeypatch.setattr(generate_room, "_has_matrix_units", lambda units=units: units)
+        for rows in (1, 3):
+            found = generate_room.head_logits(hidden[:rows], weight, out)
+            torch.testing.assert_close(found, (hidden[:rows] @ weight.t()).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

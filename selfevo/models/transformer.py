@@ -7,31 +7,15 @@ E head size, F intermediate size, V vocabulary. Parameter names are those of Hug
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from selfevo.models.attention import Mask, SharedPrefixes, attend, attend_shared, attention_mask
 from selfevo.models.elementwise import rms_norm, rotate, swiglu
-from selfevo.trie import TreeMask
-
-
-@dataclass(frozen=True)
-class RaggedMask:
-    """Rows of unequal length that are decoded together: a mask (B, T, S), and ``parts`` of neighbouring rows, each with
-    the number of keys that its longest row has. A part attends to no more than those."""
-
-    mask: Tensor
-    parts: tuple[tuple[slice, int], ...]
-
-
-Mask = Tensor | TreeMask | RaggedMask | None
-# See _attend_by_products: the longest plain causal row whose probabilities are kept; up to how many queries PyTorch's
-# fused kernel takes longer backward whatever the dtype.
-_CAUSAL_PRODUCTS, _FEW_ROWS = 1024, 16
 
 
 @dataclass(frozen=True)
@@ -116,76 +100,6 @@ def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> t
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def attention_mask(positions: Tensor, key_positions: Tensor, mask: Mask, window: int | None) -> Mask:
-    """The boolean mask (B, 1, T, S), True where a token may attend; None stands for plain causal attention.
-
-    ``mask`` is the caller's (T, S) or (B, T, S); the window is laid over it by position, as a packed row needs. A tree
-    mask stays as it is where the window leaves nothing out; a ragged one keeps its parts.
-    """
-    if isinstance(mask, RaggedMask):
-        whole = attention_mask(positions, key_positions, mask.mask, window)
-        assert isinstance(whole, Tensor)
-        return replace(mask, mask=whole)
-    if isinstance(mask, TreeMask):
-        if window is None or window > int(mask.trie.positions.max()):
-            return mask
-        mask = mask.dense
-    if mask is None:
-        if window is None or window >= positions.shape[1]:
-            return None
-        length = positions.shape[1]
-        mask = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
-    if mask.dim() == 2:
-        mask = mask[None]
-    if window is not None:
-        mask = mask & (positions[:, :, None] - key_positions[:, None, :] < window)
-    return mask[:, None]
-
-
-def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
-    """Attention (B, H, T, E) of queries to the keys and values (B, K, S, E) that the mask allows."""
-    heads, groups = queries.shape[1], keys.shape[1]
-    if queries.shape[2] == 1 and heads != groups and isinstance(mask, Tensor):
-        # one token a row: the heads that share keys become queries of one head, which reads its keys once
-        return attend(queries.unflatten(1, (groups, -1)).squeeze(3), keys, values, mask).view_as(queries)
-    length, narrow = queries.shape[2], queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
-    if narrow and mask is None and 1 < length <= _CAUSAL_PRODUCTS:
-        mask = torch.ones(length, length, dtype=torch.bool).tril()
-    few = 1 < length <= _FEW_ROWS and torch.is_grad_enabled()
-    if isinstance(mask, Tensor) and (few or (narrow and length > _FEW_ROWS)):
-        return _attend_by_products(queries, keys, values, mask)
-    if isinstance(mask, RaggedMask):
-        return torch.cat([
-            attend(queries[rows], keys[rows, :, :span], values[rows, :, :span], mask.mask[rows, ..., :span])
-            for rows, span in mask.parts
-        ])  # fmt: skip
-    if not isinstance(mask, TreeMask):
-        return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None and length > 1,
-            enable_gqa=heads != groups,
-        )  # fmt: skip
-    sizes, attended = mask.pieces  # split, rather than sliced, the parts' gradients come together in one pass
-    each = queries.split([stretch.nodes.stop - stretch.nodes.start for stretch in mask.stretches], dim=2)
-    key_pieces, value_pieces = keys.split(sizes, dim=2), values.split(sizes, dim=2)
-    mixed = []
-    for own, stretch, seen in zip(each, mask.stretches, attended):
-        own_keys, own_values = (torch.cat([pieces[n] for n in seen], dim=2) for pieces in (key_pieces, value_pieces))
-        mixed.append(attend(own, own_keys, own_values, stretch.mask))
-    return torch.cat(mixed, dim=2)
-
-
-def _attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """The same in plain products, which keep the probabilities but use a processor's bfloat16 units: PyTorch's fused
-    kernel does not, and takes nearly three times as long forward and backward."""
-    batch, heads, length, size = queries.shape
-    groups = (batch * keys.shape[1], -1)  # the heads that share keys, one below the other
-    scaled = (queries * size**-0.5).reshape(*groups, size)
-    scores = torch.bmm(scaled, keys.flatten(0, 1).transpose(1, 2)).view(batch, heads, length, -1)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    mixed = torch.bmm(weights.view(*groups, keys.shape[2]), values.flatten(0, 1))
-    return mixed.view(batch, heads, length, size)
-
-
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -215,7 +129,10 @@ class Attention(nn.Module):
         queries, keys = rotate(queries, *rope), rotate(keys, *rope)
         if cache is not None:
             keys, values = cache.extend(self.layer, keys, values)
-        mixed = attend(queries, keys, values, mask)
+        if isinstance(mask, SharedPrefixes):
+            mixed = attend_shared(queries, keys, values, mask, self.layer)
+        else:
+            mixed = attend(queries, keys, values, mask)
         return self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 

@@ -1,0 +1,207 @@
+"""Where a rollout keeps keys and values: of the prompts, computed prefix by prefix, and of the replies' own tokens.
+
+Notation: K key-value heads, E head size; rows are the replies being decoded, always the first slots of a cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfevo.models.attention import Mask, SharedPrefixes, Trunk
+from selfevo.models.transformer import Transformer
+from selfevo.trie import Ids, TokenTrie
+
+SPREAD = 1.1  # a trunk holds at most so many times the tokens of its longest prompt
+
+
+class PrefillCache:
+    """Keeps the keys and values of one packed row, layer by layer."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        self.layers.append((keys[0], values[0]))
+        return keys, values
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the model is given to decode one token for every row."""
+
+    positions: Tensor  # (rows, 1)
+    mask: Mask
+    key_positions: Tensor  # (rows, keys)
+
+
+class RowCache(Protocol):
+    """Takes the prompts of a prefilled trie, lets them enter a slot one at a time, adds a token to every row a step."""
+
+    def prompts(self, prefill: PrefillCache, trie: TokenTrie) -> list[Prompt]: ...
+    def enter(self, slot: int, prompt: Prompt) -> None: ...
+    def move(self, source: int, target: int) -> None: ...
+    def step(self, rows: int) -> Step: ...
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt's keys and values: those of its ``trunk``, which others may share, that ``path`` names."""
+
+    trunk: Trunk
+    path: Tensor
+
+
+def row_cache(model: Transformer, slots: int, longest: int, new: int) -> RowCache:
+    """The cache for this device, with room for prompts of up to ``longest`` tokens and replies of up to ``new``."""
+    return BranchCache(model, slots, new) if model.device.type == "cpu" else SlotCache(model, slots, longest + new)
+
+
+class SlotCache:
+    """Preallocated (layers, slots, K, capacity, E): every row has a copy of its prompt, and one call attends for all.
+    For accelerators, where calls are dear."""
+
+    def __init__(self, model: Transformer, slots: int, capacity: int) -> None:
+        config, device = model.config, model.device
+        shape = (config.num_layers, slots, config.num_kv_heads, capacity, config.head_dim)
+        self.keys, self.values = (_zeros(shape, model.dtype, device) for _ in range(2))
+        self.slots = torch.arange(slots, device=device)
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.rows = self.span = 0
+
+    def prompts(self, prefill: PrefillCache, trie: TokenTrie) -> list[Prompt]:
+        trunk = _trunk(prefill, trie, np.arange(len(trie)), self.keys.dtype)
+        return [Prompt(trunk, torch.from_numpy(path.copy()).to(self.keys.device)) for path in trie.paths]
+
+    def enter(self, slot: int, prompt: Prompt) -> None:
+        length = len(prompt.path)
+        self.keys[:, slot, :, :length] = prompt.trunk.keys[:, :, prompt.path]
+        self.values[:, slot, :, :length] = prompt.trunk.values[:, :, prompt.path]
+        self.lengths[slot] = length
+
+    def move(self, source: int, target: int) -> None:
+        length = int(self.lengths[source])
+        for stored in (self.keys, self.values):
+            stored[:, target, :, :length] = stored[:, source, :, :length]
+        self.lengths[target] = length
+
+    def step(self, rows: int) -> Step:
+        lengths = self.lengths[:rows].clone()
+        self.lengths[:rows] += 1
+        self.rows, self.span = rows, int(lengths.max()) + 1
+        places = torch.arange(self.span, device=lengths.device)
+        return Step(lengths[:, None], (places <= lengths[:, None])[:, None], places.expand(rows, -1))
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        rows, places = self.slots[: self.rows], self.lengths[: self.rows] - 1
+        self.keys[layer, rows, :, places] = keys[:, :, 0]
+        self.values[layer, rows, :, places] = values[:, :, 0]
+        return self.keys[layer, : self.rows, :, : self.span], self.values[layer, : self.rows, :, : self.span]
+
+
+class BranchCache:
+    """Rows keep the tokens of their replies alone, (layers, slots, K, new, E); relatives share the trunk of their
+    prompts. In float32 also beside bfloat16 weights, whose products would round the scores. For processors."""
+
+    def __init__(self, model: Transformer, slots: int, new: int) -> None:
+        config = model.config
+        self.dtype = torch.promote_types(model.dtype, torch.float32)
+        shape = (config.num_layers, slots, config.num_kv_heads, new, config.head_dim)
+        self.keys, self.values = (_zeros(shape, self.dtype, model.device) for _ in range(2))
+        self.branches: list[Prompt | None] = [None] * slots
+        self.starts, self.lengths = (torch.zeros(slots, dtype=torch.int64) for _ in range(2))  # of prompts, replies
+        self.slots = torch.arange(slots)
+        self.rows = self.span = 0
+        self.shared: SharedPrefixes | None = None  # until a row comes or goes
+
+    def prompts(self, prefill: PrefillCache, trie: TokenTrie) -> list[Prompt]:
+        found: list[Prompt] = []
+        for paths in _relatives(trie.paths):
+            nodes = np.unique(np.concatenate(paths))
+            trunk = _trunk(prefill, trie, nodes, self.dtype)
+            found += [Prompt(trunk, torch.from_numpy(np.searchsorted(nodes, path))) for path in paths]
+        return found
+
+    def enter(self, slot: int, prompt: Prompt) -> None:
+        self.branches[slot], self.starts[slot], self.lengths[slot] = prompt, len(prompt.path), 0
+        self.shared = None
+
+    def move(self, source: int, target: int) -> None:
+        self.branches[target], self.branches[source] = self.branches[source], None
+        length = int(self.lengths[source])
+        for stored in (self.keys, self.values):
+            stored[:, target, :, :length] = stored[:, source, :, :length]
+        self.starts[target], self.lengths[target] = self.starts[source], length
+        self.shared = None
+
+    def step(self, rows: int) -> Step:
+        starts, lengths = self.starts[:rows], self.lengths[:rows].clone()
+        self.lengths[:rows] += 1
+        self.rows, self.span = rows, int(lengths.max()) + 1
+        places = torch.arange(self.span)
+        if self.shared is None or len(self.shared.order) != rows:
+            self.branches[rows:] = [None] * (len(self.branches) - rows)  # lets go of what finished
+            self.shared = _shared([branch for branch in self.branches if branch is not None])
+        mask = replace(self.shared, hidden=places > lengths[:, None])
+        return Step((starts + lengths)[:, None], mask, starts[:, None] + places)
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        rows, places = self.slots[: self.rows], self.lengths[: self.rows] - 1
+        self.keys[layer, rows, :, places] = keys[:, :, 0].to(self.dtype)
+        self.values[layer, rows, :, places] = values[:, :, 0].to(self.dtype)
+        return self.keys[layer, : self.rows, :, : self.span], self.values[layer, : self.rows, :, : self.span]
+
+
+def _trunk(prefill: PrefillCache, trie: TokenTrie, nodes: Ids, dtype: torch.dtype) -> Trunk:
+    """Some nodes of a prefilled row."""
+    chosen = torch.from_numpy(nodes).to(prefill.layers[0][0].device)
+    keys, values = (torch.stack([stored[:, chosen].to(dtype) for stored in side]) for side in zip(*prefill.layers))
+    return Trunk(keys, values, trie.positions[nodes].to(chosen.device), None)
+
+
+def _relatives(paths: Sequence[Ids]) -> list[list[Ids]]:
+    """Splits a trie's paths, in their order, into runs that share so much that one trunk for all wastes little."""
+    groups: list[list[Ids]] = []
+    union, longest = np.empty(0, dtype=np.int64), 0
+    for path in paths:
+        joined = np.union1d(union, path)
+        if groups and len(joined) <= SPREAD * max(longest, len(path)):
+            groups[-1].append(path)
+            union, longest = joined, max(longest, len(path))
+        else:
+            groups.append([path])
+            union, longest = path, len(path)
+    return groups
+
+
+def _shared(branches: Sequence[Prompt]) -> SharedPrefixes:
+    """Rows, trunk by trunk; what they own is not known yet."""
+    rows: dict[int, list[int]] = {}
+    for row, branch in enumerate(branches):
+        rows.setdefault(id(branch.trunk), []).append(row)
+    trunks = []
+    for members in rows.values():
+        trunk = branches[members[0]].trunk
+        hidden = torch.ones(len(members), len(trunk.depths), dtype=torch.bool)
+        for place, row in enumerate(members):
+            hidden[place, branches[row].path] = False
+        trunks.append(replace(trunk, hidden=hidden if bool(hidden.any()) else None))
+    order = torch.tensor([row for members in rows.values() for row in members])
+    return SharedPrefixes(
+        trunks, [len(members) for members in rows.values()], order, order.argsort(), order[:, None] < 0
+    )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Room that need not be written before it is used: a masked place has weight 0, and 0 times what fresh memory may
+    hold, NaN, is NaN. On a processor zeros come from the system, which maps a page when it is touched."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

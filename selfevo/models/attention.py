@@ -1,0 +1,155 @@
+"""Attention: who may attend to what, and the ways to compute it.
+
+Notation: B batch, T tokens of this call, S keys (cached and new), H heads, K key-value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from selfevo.trie import TreeMask
+
+# See _attend_by_products: the longest plain causal row whose probabilities are kept; up to how many queries PyTorch's
+# fused kernel takes longer backward whatever the dtype.
+_CAUSAL_PRODUCTS, _FEW_ROWS = 1024, 16
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """N prompt tokens that R rows share: ``keys`` and ``values`` (layers, K, N, E), ``depths`` (N,), the tokens'
+    positions, and ``hidden`` (R, N), True where a row may not attend; None where every row sees them all."""
+
+    keys: Tensor
+    values: Tensor
+    depths: Tensor
+    hidden: Tensor | None
+
+
+@dataclass(frozen=True)
+class SharedPrefixes:
+    """B rows of one new token each. Each attends to its trunk and to its own later tokens.
+
+    ``order`` (B,) takes the rows trunk by trunk, ``sizes`` of them each, ``back`` undoes it; ``hidden`` (B, S) is True
+    where a row may not attend among its own S.
+    """
+
+    trunks: Sequence[Trunk]
+    sizes: list[int]
+    order: Tensor
+    back: Tensor
+    hidden: Tensor
+
+    def within(self, window: int, positions: Tensor, key_positions: Tensor) -> SharedPrefixes:
+        """With what lies ``window`` or more tokens back hidden; positions (B, 1) and key positions (B, S)."""
+        trunks = []
+        for trunk, rows in zip(self.trunks, positions[self.order].split(self.sizes)):
+            past = rows - trunk.depths >= window
+            trunks.append(replace(trunk, hidden=past if trunk.hidden is None else past | trunk.hidden))
+        return replace(self, trunks=trunks, hidden=self.hidden | (positions - key_positions >= window))
+
+
+Mask = Tensor | TreeMask | SharedPrefixes | None
+
+
+def attention_mask(positions: Tensor, key_positions: Tensor, mask: Mask, window: int | None) -> Mask:
+    """The boolean mask (B, 1, T, S), True where a token may attend; None stands for plain causal attention.
+
+    ``mask`` is the caller's (T, S) or (B, T, S); the window is laid over it by position, as a packed row needs. A tree
+    mask stays as it is where the window leaves nothing out.
+    """
+    if isinstance(mask, SharedPrefixes):
+        return mask if window is None else mask.within(window, positions, key_positions)
+    if isinstance(mask, TreeMask):
+        if window is None or window > int(mask.trie.positions.max()):
+            return mask
+        mask = mask.dense
+    if mask is None:
+        if window is None or window >= positions.shape[1]:
+            return None
+        length = positions.shape[1]
+        mask = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
+    if mask.dim() == 2:
+        mask = mask[None]
+    if window is not None:
+        mask = mask & (positions[:, :, None] - key_positions[:, None, :] < window)
+    return mask[:, None]
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | TreeMask | None) -> Tensor:
+    """Attention (B, H, T, E) of queries to the keys and values (B, K, S, E) that the mask allows."""
+    heads, groups = queries.shape[1], keys.shape[1]
+    if queries.shape[2] == 1 and heads != groups and isinstance(mask, Tensor):
+        # one token a row: the heads that share keys become queries of one head, which reads its keys once
+        return attend(queries.unflatten(1, (groups, -1)).squeeze(3), keys, values, mask).view_as(queries)
+    length, narrow = queries.shape[2], queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
+    if narrow and mask is None and 1 < length <= _CAUSAL_PRODUCTS:
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+    few = 1 < length <= _FEW_ROWS and torch.is_grad_enabled()
+    if isinstance(mask, Tensor) and (few or (narrow and length > _FEW_ROWS)):
+        return _attend_by_products(queries, keys, values, mask)
+    if not isinstance(mask, TreeMask):
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None and length > 1,
+            enable_gqa=heads != groups,
+        )  # fmt: skip
+    sizes, attended = mask.pieces  # split, rather than sliced, the parts' gradients come together in one pass
+    each = queries.split([stretch.nodes.stop - stretch.nodes.start for stretch in mask.stretches], dim=2)
+    key_pieces, value_pieces = keys.split(sizes, dim=2), values.split(sizes, dim=2)
+    mixed = []
+    for own, stretch, seen in zip(each, mask.stretches, attended):
+        own_keys, own_values = (torch.cat([pieces[n] for n in seen], dim=2) for pieces in (key_pieces, value_pieces))
+        mixed.append(attend(own, own_keys, own_values, stretch.mask))
+    return torch.cat(mixed, dim=2)
+
+
+def _attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """The same in plain products, which keep the probabilities but use a processor's bfloat16 units: PyTorch's fused
+    kernel does not, and takes nearly three times as long forward and backward."""
+    batch, heads, length, size = queries.shape
+    groups = (batch * keys.shape[1], -1)  # the heads that share keys, one below the other
+    scaled = (queries * size**-0.5).reshape(*groups, size)
+    scores = torch.bmm(scaled, keys.flatten(0, 1).transpose(1, 2)).view(batch, heads, length, -1)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    mixed = torch.bmm(weights.view(*groups, keys.shape[2]), values.flatten(0, 1))
+    return mixed.view(batch, heads, length, size)
+
+
+def attend_shared(queries: Tensor, keys: Tensor, values: Tensor, mask: SharedPrefixes, layer: int) -> Tensor:
+    """Attention (B, H, 1, E) of rows to their own keys and values (B, K, S, E) and to the trunks they share.
+
+    A trunk is read once for all its rows, whose queries are the rows of one product; the two parts of a row are summed
+    by their softmax weights. Computed in the dtype of the keys.
+    """
+    batch, heads, _, size = queries.shape
+    groups = keys.shape[1]
+    each = heads // groups  # query heads that share a key-value head
+    scaled = queries.to(keys.dtype).mul(size**-0.5).view(batch, groups, each, size)
+    hidden = mask.hidden[:, None].expand(-1, groups, -1).reshape(batch * groups, 1, -1)
+    own = _weighed(scaled.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), hidden)
+    parts = []
+    for trunk, rows in zip(mask.trunks, scaled[mask.order].split(mask.sizes)):
+        together = rows.transpose(0, 1).reshape(groups, -1, size)
+        unseen = None if trunk.hidden is None else trunk.hidden.repeat_interleave(each, dim=0)
+        found = _weighed(together, trunk.keys[layer], trunk.values[layer], unseen)
+        parts.append([x.view(groups, len(rows), each, -1).transpose(0, 1) for x in found])
+    shared = [torch.cat(x)[mask.back].view(batch * groups, each, -1) for x in zip(*parts)]
+    top = torch.maximum(own[2], shared[2])
+    scales = [(x[2] - top).exp_() for x in (own, shared)]
+    total = own[1] * scales[0] + shared[1] * scales[1]
+    mixed = own[0].mul_(scales[0]).add_(shared[0].mul_(scales[1])).div_(total)
+    return mixed.view(batch, heads, 1, size).to(queries.dtype)
+
+
+def _weighed(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (G, Q, E), keys and values (G, N, E) -> values weighed by e^(score - top), these weights' sum, top."""
+    scores = torch.bmm(queries, keys.transpose(1, 2))
+    if hidden is not None:
+        scores.masked_fill_(hidden, -torch.inf)
+    top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).min)  # finite where all is hidden
+    weights = scores.sub_(top).exp_()
+    return torch.bmm(weights, values), weights.sum(-1, keepdim=True), top
