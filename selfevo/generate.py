@@ -237,17 +237,23 @@ def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
 
     On a processor the head comes in parts that the cache holds, in float32 each as the left side of the product: with
     few rows on that side, threads would have nothing to share. There a single row is read at a third of the memory's
-    rate, so it goes twice; where there are matrix units, it is the other way round.
+    rate, so it goes twice. Where there are matrix units, one row is best read by the product with a vector, and a few
+    from the right.
     """
     rows, logits = len(hidden), out[: len(hidden)]
     if hidden.device.type != "cpu":
         return logits.copy_(F.linear(hidden, weight))
-    right = hidden.dtype != torch.float32 or (rows < 4 and _has_matrix_units())
+    units = _has_matrix_units()
     columns = (hidden if rows > 1 else hidden.repeat(2, 1)).t()  # a view: laid out anew it takes five times as long
     for start in range(0, len(weight), HEAD_PART):
         part = slice(start, start + HEAD_PART)
         own = weight[part]
-        logits[:, part] = F.linear(hidden, own) if right else torch.mm(own, columns).t()[:rows]
+        if units and rows == 1:
+            logits[0, part] = torch.mv(own, hidden[0])
+        elif hidden.dtype != torch.float32 or (units and rows < 4):
+            logits[:, part] = F.linear(hidden, own)
+        else:
+            logits[:, part] = torch.mm(own, columns).t()[:rows]
     return logits
 
 

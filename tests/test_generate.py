@@ -363,7 +363,7 @@ def test_the_head_in_parts_is_the_head(dtype: torch.dtype, monkeypatch: pytest.M
     out = torch.empty(4, 23)
     for units in (False, True):
         monkeypatch.setattr(generate_room, "_has_matrix_units", lambda units=units: units)
-        for rows in (1, 3):
+        for rows in (1, 2, 3):
             found = generate_room.head_logits(hidden[:rows], weight, out)
             torch.testing.assert_close(found, (hidden[:rows] @ weight.t()).float())
 
