@@ -6,9 +6,8 @@ It knows ids, not text. Notation: R active rows (slots 0..R-1 of the cache), K k
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from selfevo.caches import PrefillCache, Prompt, row_cache
 from selfevo.folding import folded_adapters
+from selfevo.models.attention import has_matrix_units
 from selfevo.models.transformer import Transformer
 from selfevo.sampling import candidates, draw, penalise, uniform_noise
 from selfevo.trie import Ids, as_ids, build_trie, pack
@@ -243,7 +243,7 @@ def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     rows, logits = len(hidden), out[: len(hidden)]
     if hidden.device.type != "cpu":
         return logits.copy_(F.linear(hidden, weight))
-    units = _has_matrix_units()
+    units = has_matrix_units()
     columns = (hidden if rows > 1 else hidden.repeat(2, 1)).t()  # a view: laid out anew it takes five times as long
     for start in range(0, len(weight), HEAD_PART):
         part = slice(start, start + HEAD_PART)
@@ -255,11 +255,6 @@ def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         else:
             logits[:, part] = torch.mm(own, columns).t()[:rows]
     return logits
-
-
-def _has_matrix_units() -> bool:
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
-    return bool(capabilities.get("amx_tile"))
 
 
 def _check(

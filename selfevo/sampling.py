@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _MASK = (1 << 64) - 1
+_TIES = 16  # scores beyond the k-th that are looked at in case they tie with it
 _BLOCK = 128  # neighbours in the vocabulary of which the maximum is taken first, see largest
 
 
@@ -29,7 +30,7 @@ def candidates(logits: Tensor, *, temperature: float, top_k: int, top_p: float) 
     """
     vocab = logits.shape[1]
     k = min(top_k, vocab) if top_k else vocab
-    width = min(k + 1, vocab)
+    width = min(k + _TIES, vocab)
     scores, ids = largest(logits, width)
     while width < vocab and bool((scores[:, k - 1] == scores[:, -1]).any()):  # a tie that may go on; common in bfloat16
         width = min(2 * width, vocab)

@@ -362,7 +362,7 @@ def test_the_head_in_parts_is_the_head(dtype: torch.dtype, monkeypatch: pytest.M
     hidden, weight = torch.randn(3, 5, dtype=dtype), torch.randn(23, 5, dtype=dtype)
     out = torch.empty(4, 23)
     for units in (False, True):
-        monkeypatch.setattr(generate_room, "_has_matrix_units", lambda units=units: units)
+        monkeypatch.setattr(generate_room, "has_matrix_units", lambda units=units: units)
         for rows in (1, 2, 3):
             found = generate_room.head_logits(hidden[:rows], weight, out)
             torch.testing.assert_close(found, (hidden[:rows] @ weight.t()).float())

@@ -102,6 +102,17 @@ def test_packs_hold_every_item_once_and_keep_to_the_budget(items: list[list[list
         assert distinct <= budget or len(members) == 1
 
 
+def test_a_full_pack_ends_between_families() -> None:
+    """Three families of 60, 40 and 60 tokens that share 10: a budget of 120 splits the third off, whole."""
+    system = list(range(10))
+    families = [[[*system, *range(100 * n, 100 * n + length)] for length in range(10, size, 10)]
+                for n, size in ((1, 61), (2, 41), (3, 61))]  # fmt: skip
+    items = [[as_ids(sequence)] for family in families for sequence in family]
+    packs = pack(items, 120)
+    sizes = [len(family) for family in families]
+    assert packs == [list(range(sizes[0] + sizes[1])), list(range(sizes[0] + sizes[1], sum(sizes)))]
+
+
 Examples = list[tuple[list[int], list[int]]]
 
 

@@ -5,8 +5,9 @@ Notation: B batch, T tokens of this call, S keys (cached and new), H heads, K ke
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +88,12 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | TreeMas
         # one token a row: the heads that share keys become queries of one head, which reads its keys once
         return attend(queries.unflatten(1, (groups, -1)).squeeze(3), keys, values, mask).view_as(queries)
     length, narrow = queries.shape[2], queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
+    # Scoring goes the same way with and without gradients, so that policy and reference are rounded alike.
+    scoring = not torch.is_inference_mode_enabled()
+    narrow = narrow and (scoring or not has_matrix_units())  # forward, the fused kernel uses these units
     if narrow and mask is None and 1 < length <= _CAUSAL_PRODUCTS:
         mask = torch.ones(length, length, dtype=torch.bool).tril()
-    few = 1 < length <= _FEW_ROWS and torch.is_grad_enabled()
+    few = 1 < length <= _FEW_ROWS and scoring
     if isinstance(mask, Tensor) and (few or (narrow and length > _FEW_ROWS)):
         return _attend_by_products(queries, keys, values, mask)
     if not isinstance(mask, TreeMask):
@@ -107,9 +111,15 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | TreeMas
     return torch.cat(mixed, dim=2)
 
 
+def has_matrix_units() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in units of their own (AMX)."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+    return bool(capabilities.get("amx_tile"))
+
+
 def _attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """The same in plain products, which keep the probabilities but use a processor's bfloat16 units: PyTorch's fused
-    kernel does not, and takes nearly three times as long forward and backward."""
+    """The same in plain products, which keep the probabilities but use a processor's bfloat16 units. PyTorch's fused
+    kernel does not, backward, and forward only where they are matrix units: it takes nearly three times as long."""
     batch, heads, length, size = queries.shape
     groups = (batch * keys.shape[1], -1)  # the heads that share keys, one below the other
     scaled = (queries * size**-0.5).reshape(*groups, size)
