@@ -63,7 +63,7 @@ class RunConfig:
     top_k: int = option(50, "candidates per token; 0 switches it off")
     repetition_penalty: float = option(1.2, "repetition penalty over prompt and reply; 1 switches it off")
     max_new_tokens: int = option(128, "longest reply, in tokens")
-    slots: int = option(32, "replies decoded at a time; lower it where memory is short")
+    slots: int = option(32, "replies decoded at a time: more is faster, and on a CPU cheap; fewer take less memory")
     max_tokens: int = option(4096, "distinct tokens of one packed row; lower it where memory is short")
     shuffle: str = option(
         "dialogues", "what is shuffled: 'pairs' gives up sharing context across turns", choices=SHUFFLES
