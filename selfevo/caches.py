@@ -64,17 +64,42 @@ def row_cache(model: Transformer, slots: int, longest: int, new: int) -> RowCach
     return BranchCache(model, slots, new) if model.device.type == "cpu" else SlotCache(model, slots, longest + new)
 
 
-class SlotCache:
-    """Preallocated (layers, slots, K, capacity, E): every row has a copy of its prompt, and one call attends for all.
-    For accelerators, where calls are dear."""
+class _Slots:
+    """Preallocated keys and values (layers, slots, K, capacity, E), of which ``lengths`` (slots,) are filled."""
 
-    def __init__(self, model: Transformer, slots: int, capacity: int) -> None:
+    def __init__(self, model: Transformer, slots: int, capacity: int, dtype: torch.dtype) -> None:
         config, device = model.config, model.device
         shape = (config.num_layers, slots, config.num_kv_heads, capacity, config.head_dim)
-        self.keys, self.values = (_zeros(shape, model.dtype, device) for _ in range(2))
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
         self.slots = torch.arange(slots, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self.rows = self.span = 0
+
+    def move(self, source: int, target: int) -> None:
+        length = int(self.lengths[source])
+        for stored in (self.keys, self.values):
+            stored[:, target, :, :length] = stored[:, source, :, :length]
+        self.lengths[target] = length
+
+    def grow(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Makes room for one token in each of the first rows: their lengths before it, and the places of all keys."""
+        lengths = self.lengths[:rows].clone()
+        self.lengths[:rows] += 1
+        self.rows, self.span = rows, int(lengths.max()) + 1
+        return lengths, torch.arange(self.span, device=lengths.device)
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        rows, places = self.slots[: self.rows], self.lengths[: self.rows] - 1
+        self.keys[layer, rows, :, places] = keys[:, :, 0].to(self.keys.dtype)
+        self.values[layer, rows, :, places] = values[:, :, 0].to(self.values.dtype)
+        return self.keys[layer, : self.rows, :, : self.span], self.values[layer, : self.rows, :, : self.span]
+
+
+class SlotCache(_Slots):
+    """Every row has a copy of its prompt, and one call attends for all. For accelerators, where calls are dear."""
+
+    def __init__(self, model: Transformer, slots: int, capacity: int) -> None:
+        super().__init__(model, slots, capacity, model.dtype)
 
     def prompts(self, prefill: PrefillCache, trie: TokenTrie) -> list[Prompt]:
         trunk = _trunk(prefill, trie, np.arange(len(trie)), self.keys.dtype)
@@ -86,46 +111,26 @@ class SlotCache:
         self.values[:, slot, :, :length] = prompt.trunk.values[:, :, prompt.path]
         self.lengths[slot] = length
 
-    def move(self, source: int, target: int) -> None:
-        length = int(self.lengths[source])
-        for stored in (self.keys, self.values):
-            stored[:, target, :, :length] = stored[:, source, :, :length]
-        self.lengths[target] = length
-
     def step(self, rows: int) -> Step:
-        lengths = self.lengths[:rows].clone()
-        self.lengths[:rows] += 1
-        self.rows, self.span = rows, int(lengths.max()) + 1
-        places = torch.arange(self.span, device=lengths.device)
+        lengths, places = self.grow(rows)
         return Step(lengths[:, None], (places <= lengths[:, None])[:, None], places.expand(rows, -1))
 
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        rows, places = self.slots[: self.rows], self.lengths[: self.rows] - 1
-        self.keys[layer, rows, :, places] = keys[:, :, 0]
-        self.values[layer, rows, :, places] = values[:, :, 0]
-        return self.keys[layer, : self.rows, :, : self.span], self.values[layer, : self.rows, :, : self.span]
 
-
-class BranchCache:
-    """Rows keep the tokens of their replies alone, (layers, slots, K, new, E); relatives share the trunk of their
-    prompts. In float32 also beside bfloat16 weights, whose products would round the scores. For processors."""
+class BranchCache(_Slots):
+    """Rows keep the tokens of their replies alone; relatives share the trunk of their prompts. In float32 also beside
+    bfloat16 weights, whose products would round the scores. For processors."""
 
     def __init__(self, model: Transformer, slots: int, new: int) -> None:
-        config = model.config
-        self.dtype = torch.promote_types(model.dtype, torch.float32)
-        shape = (config.num_layers, slots, config.num_kv_heads, new, config.head_dim)
-        self.keys, self.values = (_zeros(shape, self.dtype, model.device) for _ in range(2))
+        super().__init__(model, slots, new, torch.promote_types(model.dtype, torch.float32))
         self.branches: list[Prompt | None] = [None] * slots
-        self.starts, self.lengths = (torch.zeros(slots, dtype=torch.int64) for _ in range(2))  # of prompts, replies
-        self.slots = torch.arange(slots)
-        self.rows = self.span = 0
+        self.starts = torch.zeros(slots, dtype=torch.int64)  # the lengths of the prompts
         self.shared: SharedPrefixes | None = None  # until a row comes or goes
 
     def prompts(self, prefill: PrefillCache, trie: TokenTrie) -> list[Prompt]:
         found: list[Prompt] = []
         for paths in _relatives(trie.paths):
             nodes = np.unique(np.concatenate(paths))
-            trunk = _trunk(prefill, trie, nodes, self.dtype)
+            trunk = _trunk(prefill, trie, nodes, self.keys.dtype)
             found += [Prompt(trunk, torch.from_numpy(np.searchsorted(nodes, path))) for path in paths]
         return found
 
@@ -134,29 +139,19 @@ class BranchCache:
         self.shared = None
 
     def move(self, source: int, target: int) -> None:
+        super().move(source, target)
         self.branches[target], self.branches[source] = self.branches[source], None
-        length = int(self.lengths[source])
-        for stored in (self.keys, self.values):
-            stored[:, target, :, :length] = stored[:, source, :, :length]
-        self.starts[target], self.lengths[target] = self.starts[source], length
+        self.starts[target] = self.starts[source]
         self.shared = None
 
     def step(self, rows: int) -> Step:
-        starts, lengths = self.starts[:rows], self.lengths[:rows].clone()
-        self.lengths[:rows] += 1
-        self.rows, self.span = rows, int(lengths.max()) + 1
-        places = torch.arange(self.span)
+        lengths, places = self.grow(rows)
+        starts = self.starts[:rows]
         if self.shared is None or len(self.shared.order) != rows:
             self.branches[rows:] = [None] * (len(self.branches) - rows)  # lets go of what finished
             self.shared = _shared([branch for branch in self.branches if branch is not None])
         mask = replace(self.shared, hidden=places > lengths[:, None])
         return Step((starts + lengths)[:, None], mask, starts[:, None] + places)
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        rows, places = self.slots[: self.rows], self.lengths[: self.rows] - 1
-        self.keys[layer, rows, :, places] = keys[:, :, 0].to(self.dtype)
-        self.values[layer, rows, :, places] = values[:, :, 0].to(self.dtype)
-        return self.keys[layer, : self.rows, :, : self.span], self.values[layer, : self.rows, :, : self.span]
 
 
 def _trunk(prefill: PrefillCache, trie: TokenTrie, nodes: Ids, dtype: torch.dtype) -> Trunk:

@@ -87,7 +87,8 @@ def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size:
     if chunk_size is None:
         budget = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
         most = max(1, budget // (weight.element_size() * max(1, weight.shape[0])))
-        chunk_size = -(-len(hidden) // max(1, -(-len(hidden) // most))) or 1  # equal chunks: a small rest is slow
+        chunks = max(1, math.ceil(len(hidden) / most))
+        chunk_size = max(1, math.ceil(len(hidden) / chunks))  # equal ones: a small rest is slow
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
     if not torch.is_grad_enabled():  # a Function is told what requires grad, not whether anyone will ask for it
