@@ -11,7 +11,7 @@ so that the row falls into a few chains, each of which attends to itself and to 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 
@@ -21,9 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Ids = NDArray[np.int64]
-# Rows of up to so many nodes attend through one dense mask, which costs the same as stretches there (measured on a
-# processor); forests of up to so many share one call.
-DENSE_ROW, DENSE_FOREST = 384, 96
+DENSE_FOREST = 96  # nodes; what hangs below one node and has no more of them shares one call
 
 
 @dataclass(frozen=True)
@@ -39,11 +37,26 @@ class Stretch:
 
 
 @dataclass(frozen=True)
+class Block:
+    """Consecutive nodes, ``rows``, that attend to the stretches ``seen``, the last of which ends with their own.
+
+    ``hidden`` (rows, last) is True where a node may not attend among the last so many that the block sees, which end
+    with its own; None where it may to all.
+    """
+
+    rows: slice
+    seen: tuple[slice, ...]
+    hidden: Tensor | None
+
+
+@dataclass(frozen=True)
 class TreeMask:
-    """What the nodes of a packed row may attend to: ``dense`` (N, N) boolean, or, costing far less, ``stretches``."""
+    """What the nodes of a packed row may attend to: ``dense`` (N, N) boolean, or, costing far less, ``stretches``, or
+    ``blocks`` of few rows each."""
 
     trie: TokenTrie
     device: torch.device
+    _blocks: dict[int, list[Block]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def dense(self) -> Tensor:
@@ -63,6 +76,24 @@ class TreeMask:
         place = {edge: number for number, edge in enumerate(edges)}
         attended = [[n for part in seen for n in range(place[part.start], place[part.stop])] for seen in parts]
         return [stop - start for start, stop in pairwise(edges)], attended
+
+    def blocks(self, rows: int) -> list[Block]:
+        """The stretches, of which long chains are cut so that no block has more ``rows``; a forest stays whole."""
+        if rows not in self._blocks:
+            self._blocks[rows] = [block for stretch in self.stretches for block in self._cut(stretch, rows)]
+        return self._blocks[rows]
+
+    def _cut(self, stretch: Stretch, rows: int) -> Iterator[Block]:
+        start, stop = stretch.nodes.start, stretch.nodes.stop
+        step = rows if stop - start > DENSE_FOREST else stop - start
+        for first in range(start, stop, step):
+            own = slice(first, min(first + step, stop))
+            count = own.stop - own.start
+            hidden = torch.ones(count, count, dtype=torch.bool, device=self.device).triu(1)
+            if count == stop - start and stretch.mask is not None:
+                hidden = ~stretch.mask[:, -count:]
+            seen = _joined((*stretch.before, slice(start, own.stop)))
+            yield Block(own, seen, hidden if bool(hidden.any()) else None)
 
     def _stretches(self, start: int, stop: int, before: tuple[slice, ...]) -> Iterator[Stretch]:
         """Those of the subtrees laid out in start..stop, which all hang below the same nodes ``before`` them."""
@@ -119,13 +150,9 @@ class TokenTrie:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def mask(self, device: torch.device | str = "cpu") -> Tensor | TreeMask | None:
-        """Where the nodes may attend: each to itself and its ancestors. None where that is causal; small rows are
-        given the dense boolean (N, N)."""
-        if bool((self.ends == len(self)).all()):
-            return None  # a single chain
-        mask = TreeMask(self, torch.device(device))
-        return mask.dense if len(self) <= DENSE_ROW else mask
+    def mask(self, device: torch.device | str = "cpu") -> TreeMask:
+        """Where the nodes may attend: each to itself and its ancestors."""
+        return TreeMask(self, torch.device(device))
 
 
 def as_ids(sequence: Sequence[int] | Ids) -> Ids:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "selfevo"
 ORDER = [
     "files", "markup", "salvage", "dialogue", "prompts", "trie", "sampling", "losses", "lowrank", "lora", "tokens",
     "metrics", "significance", "scores", "strategy",
-    "models.elementwise", "models.attention", "models.transformer", "models.memory", "models.config",
+    "models.elementwise", "models.tree_attention", "models.attention", "models.transformer", "models.memory", "models.config",
     "models.chat", "models.hub", "models.llama", "models.qwen2", "models.mistral", "models.tokenizer",
     "models.loading", "models",
     "datasets", "scoring", "folding", "caches", "generate", "replies", "endpoint",

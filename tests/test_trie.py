@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from selfevo import trie as trie_room
 from selfevo.lora import inject_lora, lora_parameters
-from selfevo.models import Transformer
+from selfevo.models import Transformer, tree_attention
 from selfevo.scoring import response_logps
 from selfevo.trie import TokenTrie, TreeMask, as_ids, build_trie, pack
 
@@ -26,11 +26,7 @@ FAMILIES = {
 
 
 def dense(trie: TokenTrie) -> torch.Tensor:
-    mask = trie.mask()
-    if mask is None:
-        return torch.ones(len(trie), len(trie), dtype=torch.bool).tril()
-    assert isinstance(mask, torch.Tensor)  # rows this small have no other
-    return mask
+    return trie.mask().dense
 
 
 @given(sequences=st.lists(ids, min_size=1, max_size=12))
@@ -55,8 +51,9 @@ def test_a_small_trie_written_out() -> None:
     assert dense(trie).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
 
 
-def test_a_single_chain_needs_no_mask() -> None:
-    assert build_trie([[1, 2, 3], [1, 2], [1, 2, 3]]).mask() is None
+def test_a_single_chain_is_one_causal_stretch() -> None:
+    (stretch,) = build_trie([[1, 2, 3], [1, 2], [1, 2, 3]]).mask().stretches
+    assert stretch.nodes == slice(0, 3) and stretch.before == () and stretch.mask is None
 
 
 @given(sequences=st.lists(ids, min_size=1, max_size=12), forest=st.sampled_from([1, 2, 5]))
@@ -74,6 +71,26 @@ def test_stretches_allow_what_the_dense_mask_allows_and_little_more(sequences: l
         rebuilt[stretch.nodes, columns] = mask
         assert count <= forest or mask[:, -count:].tril().sum() == count * (count + 1) // 2  # a chain wastes nothing
     assert [row for stretch in stretches for row in range(len(trie))[stretch.nodes]] == list(range(len(trie)))
+    assert torch.equal(rebuilt, dense(trie))
+
+
+@given(
+    sequences=st.lists(ids, min_size=1, max_size=12), forest=st.sampled_from([1, 2, 5]), rows=st.sampled_from([1, 2, 3])
+)
+def test_blocks_allow_what_the_dense_mask_allows(sequences: list[list[int]], forest: int, rows: int) -> None:
+    trie = build_trie(sequences)
+    with mock.patch.object(trie_room, "DENSE_FOREST", forest):
+        blocks = TreeMask(trie, torch.device("cpu")).blocks(rows)
+    rebuilt = torch.zeros(len(trie), len(trie), dtype=torch.bool)
+    for block in blocks:
+        columns = torch.cat([torch.arange(len(trie))[part] for part in block.seen])
+        count = block.rows.stop - block.rows.start
+        assert count <= max(rows, forest) and columns[-1] == block.rows.stop - 1
+        sees = torch.ones(count, len(columns), dtype=torch.bool)
+        if block.hidden is not None:
+            sees[:, -block.hidden.shape[1] :] = ~block.hidden
+        rebuilt[block.rows, columns] = sees
+    assert [row for block in blocks for row in range(len(trie))[block.rows]] == list(range(len(trie)))
     assert torch.equal(rebuilt, dense(trie))
 
 
@@ -163,8 +180,8 @@ def test_values_and_gradients_equal_one_sequence_at_a_time(
     family: str, max_tokens: int, stretched: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if stretched:
-        monkeypatch.setattr(trie_room, "DENSE_ROW", 0)
         monkeypatch.setattr(trie_room, "DENSE_FOREST", 4)
+        monkeypatch.setattr(tree_attention, "_ROW_BYTES", 12)  # three rows a block
     model, examples = adapted(**FAMILIES[family]), dialogue_examples()
     weights = torch.linspace(-1, 1, len(examples), dtype=torch.float64)
     sums, lengths = response_logps(model, examples, max_tokens=max_tokens)

@@ -5,19 +5,15 @@ Notation: B batch, T tokens of this call, S keys (cached and new), H heads, K ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from selfevo.models.tree_attention import attend_tree
 from selfevo.trie import TreeMask
-
-# See _attend_by_products: the longest plain causal row whose probabilities are kept; up to how many queries PyTorch's
-# fused kernel takes longer backward whatever the dtype.
-_CAUSAL_PRODUCTS, _FEW_ROWS = 1024, 16
 
 
 @dataclass(frozen=True)
@@ -83,50 +79,15 @@ def attention_mask(positions: Tensor, key_positions: Tensor, mask: Mask, window:
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | TreeMask | None) -> Tensor:
     """Attention (B, H, T, E) of queries to the keys and values (B, K, S, E) that the mask allows."""
-    heads, groups = queries.shape[1], keys.shape[1]
-    if queries.shape[2] == 1 and heads != groups and isinstance(mask, Tensor):
+    if isinstance(mask, TreeMask):
+        return attend_tree(queries, keys, values, mask)
+    heads, groups, length = queries.shape[1], keys.shape[1], queries.shape[2]
+    if length == 1 and heads != groups and mask is not None:
         # one token a row: the heads that share keys become queries of one head, which reads its keys once
         return attend(queries.unflatten(1, (groups, -1)).squeeze(3), keys, values, mask).view_as(queries)
-    length, narrow = queries.shape[2], queries.dtype == torch.bfloat16 and queries.device.type == "cpu"
-    # Scoring goes the same way with and without gradients, so that policy and reference are rounded alike.
-    scoring = not torch.is_inference_mode_enabled()
-    narrow = narrow and (scoring or not has_matrix_units())  # forward, the fused kernel uses these units
-    if narrow and mask is None and 1 < length <= _CAUSAL_PRODUCTS:
-        mask = torch.ones(length, length, dtype=torch.bool).tril()
-    few = 1 < length <= _FEW_ROWS and scoring
-    if isinstance(mask, Tensor) and (few or (narrow and length > _FEW_ROWS)):
-        return _attend_by_products(queries, keys, values, mask)
-    if not isinstance(mask, TreeMask):
-        return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None and length > 1,
-            enable_gqa=heads != groups,
-        )  # fmt: skip
-    sizes, attended = mask.pieces  # split, rather than sliced, the parts' gradients come together in one pass
-    each = queries.split([stretch.nodes.stop - stretch.nodes.start for stretch in mask.stretches], dim=2)
-    key_pieces, value_pieces = keys.split(sizes, dim=2), values.split(sizes, dim=2)
-    mixed = []
-    for own, stretch, seen in zip(each, mask.stretches, attended):
-        own_keys, own_values = (torch.cat([pieces[n] for n in seen], dim=2) for pieces in (key_pieces, value_pieces))
-        mixed.append(attend(own, own_keys, own_values, stretch.mask))
-    return torch.cat(mixed, dim=2)
-
-
-def has_matrix_units() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in units of their own (AMX)."""
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
-    return bool(capabilities.get("amx_tile"))
-
-
-def _attend_by_products(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """The same in plain products, which keep the probabilities but use a processor's bfloat16 units. PyTorch's fused
-    kernel does not, backward, and forward only where they are matrix units: it takes nearly three times as long."""
-    batch, heads, length, size = queries.shape
-    groups = (batch * keys.shape[1], -1)  # the heads that share keys, one below the other
-    scaled = (queries * size**-0.5).reshape(*groups, size)
-    scores = torch.bmm(scaled, keys.flatten(0, 1).transpose(1, 2)).view(batch, heads, length, -1)
-    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    mixed = torch.bmm(weights.view(*groups, keys.shape[2]), values.flatten(0, 1))
-    return mixed.view(batch, heads, length, size)
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=heads != groups
+    )
 
 
 def attend_shared(queries: Tensor, keys: Tensor, values: Tensor, mask: SharedPrefixes, layer: int) -> Tensor:
