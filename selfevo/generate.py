@@ -17,7 +17,7 @@ from tqdm import tqdm
 from selfevo.caches import PrefillCache, Prompt, row_cache
 from selfevo.folding import folded_adapters
 from selfevo.models.transformer import Transformer
-from selfevo.models.tree_attention import has_matrix_units
+from selfevo.products import has_matrix_units
 from selfevo.sampling import candidates, draw, penalise, uniform_noise
 from selfevo.trie import Ids, as_ids, build_trie, pack
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from selfevo.lowrank import adapted_linear
+from selfevo.products import Linear, linear
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -54,6 +55,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate and draw a weight only to drop it
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight
+        self.base_type = type(base)
         self.register_parameter("bias", base.bias)
         wide = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         self.frozen_A: Tensor = nn.Buffer(base.weight.new_empty(0, self.in_features, dtype=wide))  # (R, I)
@@ -93,7 +95,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         if not (self.adapter_enabled or len(self.frozen_A)):
-            return F.linear(x, self.weight, self.bias)
+            return linear(x, self.weight, self.bias)
         # Beside a frozen stack a disabled adapter is one of zeros, of the same shape: policy and reference then agree
         # to the last bit at the first step.
         b = self.lora_B * self.scale if self.adapter_enabled else torch.zeros_like(self.lora_B)
@@ -179,7 +181,7 @@ def _inject(model: nn.Module, names: list[str], rank: int, alpha: float, dropout
         base = model.get_submodule(name)
         if _is_head(name):
             raise ValueError(f"{name} is the output head, whose weight is read directly: it cannot be adapted")
-        if type(base) is not nn.Linear:
+        if type(base) not in (nn.Linear, Linear):
             raise ValueError(f"{name} is a {type(base).__name__}, not a plain nn.Linear: it cannot be adapted")
         replacements[base] = LoRALinear(base, rank, alpha, dropout, generator=generator)
     _swap(model, replacements)
@@ -242,7 +244,7 @@ def freeze_adapter(
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> float:
-    """Fold every adapter, frozen and trainable, into the weights and turn the layers back into plain ``nn.Linear``.
+    """Fold every adapter, frozen and trainable, into the weights and turn the layers back into what they were.
 
     The sum is computed in float32 and rounded once to the base's dtype. Returns the largest relative loss of that
     rounding over the layers, ``norm(stored - exact) / norm(update)``: 0 in float32, and near 1 where a bfloat16 weight
@@ -269,9 +271,9 @@ def remove_adapters(model: nn.Module) -> None:
 
 def _plain(layer: LoRALinear, weight: Tensor) -> nn.Linear:
     # On meta, so that nothing is allocated or drawn for a weight that is replaced at once.
-    linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-    linear.weight, linear.bias = weight, layer.bias
-    return linear.train(layer.training)
+    plain = layer.base_type(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+    plain.weight, plain.bias = weight, layer.bias
+    return plain.train(layer.training)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "") -> None:

@@ -8,11 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_FEW_ROWS = 64  # so few are widened faster than a float32 factor is split
+from selfevo.products import add_product, linear, product
 
 
 def adapted_linear(
@@ -45,7 +44,7 @@ class _AdaptedLinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         all_a, all_b = torch.cat((frozen_a, a)), torch.cat((frozen_b, b), dim=1)
         narrow = product(rows, all_a.t())
-        result = add_product(F.linear(rows, weight, bias), narrow, all_b.t())
+        result = add_product(linear(rows, weight, bias), narrow, all_b.t())
         ctx.frozen = len(frozen_a)
         keeps_x = any(ctx.needs_input_grad[i] for i in (1, 5))
         ctx.save_for_backward(rows if keeps_x else None, weight, narrow[:, ctx.frozen :], all_a, all_b)
@@ -60,51 +59,10 @@ class _AdaptedLinear(torch.autograd.Function):
         grad_narrow = product(rows, all_b)
         grad_x = grad_a = None
         if needs_x:
-            grad_x = add_product(rows @ weight, grad_narrow, all_a).view(*grad.shape[:-1], weight.shape[1])
+            grad_x = add_product(linear(rows, weight.t()), grad_narrow, all_a).view(*grad.shape[:-1], weight.shape[1])
         if needs_a:
             grad_a = product(x.t(), grad_narrow[:, ctx.frozen :]).t()
         grad_b = product(rows.t(), narrow) if needs_b else None
         grad_weight = rows.t() @ x if needs_weight else None
         grad_bias = rows.sum(0) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, None, grad_a, grad_b
-
-
-def product(wide: Tensor, narrow: Tensor) -> Tensor:
-    """(M, K) times (K, r) -> (M, r) in the dtype of ``narrow``, where r is small: what takes time is to read ``wide``.
-
-    On a processor, bfloat16 is read as it is. The float32 factor is split into two bfloat16 parts, and as a product of
-    bfloat16 is rounded when it is written, a second one, which starts from the negative of the first, brings back what
-    was lost: 16 bits are right, rather than 8.
-    """
-    if not _splits(wide) or min(wide.shape) < _FEW_ROWS:
-        return wide.to(narrow.dtype) @ narrow
-    parts = torch.cat(_split(narrow), dim=1)
-    rounded = wide @ parts
-    whole = torch.addmm(rounded, wide, parts, beta=-1) + rounded.to(narrow.dtype)
-    high, low = whole.chunk(2, dim=1)
-    return high + low
-
-
-def add_product(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``target`` (N, O), overwritten, + ``left`` (N, r) ``right`` (r, O): the sum is rounded to its dtype once.
-
-    On a processor a bfloat16 target is not widened: left and right are split, and their product is summed in float32.
-    """
-    if target.dtype == left.dtype:
-        return target.addmm_(left, right)
-    if not _splits(target) or min(target.shape) < _FEW_ROWS:
-        return torch.addmm(target.to(left.dtype), left, right).to(target.dtype)
-    (left_high, left_low), (right_high, right_low) = _split(left), _split(right)
-    return target.addmm_(
-        torch.cat((left_high, left_low, left_high), dim=1), torch.cat((right_high, right_high, right_low))
-    )
-
-
-def _splits(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
-
-
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bfloat16 tensors whose sum is x to 16 bits."""
-    high = x.bfloat16()
-    return high, (x - high).bfloat16()

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selfevo.lowrank import adapted_linear, add_product, product
+from selfevo.lowrank import adapted_linear
 from selfevo.models.elementwise import rms_norm, rotate, swiglu
+from selfevo.products import add_product, product
 
 Step = Callable[..., Tensor]
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from selfevo.models.attention import Mask, SharedPrefixes, attend, attend_shared, attention_mask
 from selfevo.models.elementwise import rms_norm, rotate, swiglu
+from selfevo.products import Linear
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,10 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, wide, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, narrow, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, narrow, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(wide, config.hidden_size, bias=config.output_bias)
+        self.q_proj = Linear(config.hidden_size, wide, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, narrow, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, narrow, bias=config.qkv_bias)
+        self.o_proj = Linear(wide, config.hidden_size, bias=config.output_bias)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         batch, length, _ = x.shape
@@ -139,9 +140,9 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
@@ -178,7 +179,7 @@ class Transformer(nn.Module):
         self.config = config
         self.checkpoint_activations = False
         self.model = Backbone(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -5,7 +5,6 @@ Notation: N nodes, H heads, K key-value heads, G = H / K heads that share keys, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from selfevo.products import has_matrix_units
 from selfevo.trie import Block, TreeMask
 
 _ROW_BYTES = 256  # so many of one column of a block: 64 rows in float32, whose scores a processor's cache holds
@@ -24,12 +24,6 @@ def attend_tree(queries: Tensor, keys: Tensor, values: Tensor, mask: TreeMask) -
         return _by_stretches(queries, keys, values, mask)
     mixed: Tensor = _TreeAttention.apply(queries, keys, values, mask)
     return mixed
-
-
-def has_matrix_units() -> bool:
-    """Whether this processor multiplies bfloat16 matrices in units of their own (AMX)."""
-    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
-    return bool(capabilities.get("amx_tile"))
 
 
 def _by_stretches(queries: Tensor, keys: Tensor, values: Tensor, mask: TreeMask) -> Tensor:

@@ -1,0 +1,101 @@
+"""Matrix products in the forms that a processor runs fastest. Elsewhere, and in float32, they are PyTorch's own.
+
+Notation: N rows, I and O input and output size, r a rank. Times are of two threads of an Intel Xeon with AMX.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_WIDENED = 64  # rows; so few are widened faster than a float32 factor is split
+_FROM_THE_RIGHT = 16  # rows; with so few, a product waits for its weights
+
+
+class Linear(nn.Linear):
+    """``nn.Linear`` by :func:`linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def has_matrix_units() -> bool:
+    """Whether this processor multiplies bfloat16 matrices in units of their own (AMX)."""
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch
+    return bool(capabilities.get("amx_tile"))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``: (..., I), (O, I), (O,) -> (..., O)."""
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if wanted or not (_narrow(x) and _narrow(weight) and has_matrix_units()):
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    return _linear(rows, weight, bias).view(*x.shape[:-1], len(weight))
+
+
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In bfloat16. ``F.linear`` reads the weights of one row at half the memory's rate, those of a few at two thirds.
+    With two threads it runs some shapes on one of them, those of not many more or fewer rows than columns."""
+    count, size = len(rows), len(weight)
+    if count == 1:
+        return (torch.mv(weight, rows[0]) if bias is None else torch.addmv(bias, weight, rows[0]))[None]
+    if count <= _FROM_THE_RIGHT:
+        result = torch.mm(weight, rows.t()).t().contiguous()
+        return result if bias is None else result.add_(bias)
+    if torch.get_num_threads() != 2 or not 0.8 * size <= count < 2 * size:
+        return F.linear(rows, weight, bias)
+    parts = math.ceil(count / (0.75 * size))
+    result = rows.new_empty(count, size)
+    for own, room in zip(rows.chunk(parts), result.chunk(parts)):
+        if bias is None:
+            torch.mm(own, weight.t(), out=room)
+        else:
+            torch.addmm(bias, own, weight.t(), out=room)
+    return result
+
+
+def product(wide: Tensor, narrow: Tensor) -> Tensor:
+    """(M, K) times (K, r) -> (M, r) in the dtype of ``narrow``, where r is small: what takes time is to read ``wide``.
+
+    On a processor, bfloat16 is read as it is. The float32 factor is split into two bfloat16 parts, and as a product of
+    bfloat16 is rounded when it is written, a second one, which starts from the negative of the first, brings back what
+    was lost: 16 bits are right, rather than 8.
+    """
+    if not _narrow(wide) or min(wide.shape) < _WIDENED:
+        return wide.to(narrow.dtype) @ narrow
+    parts = torch.cat(_split(narrow), dim=1)
+    rounded = wide @ parts
+    whole = torch.addmm(rounded, wide, parts, beta=-1) + rounded.to(narrow.dtype)
+    high, low = whole.chunk(2, dim=1)
+    return high + low
+
+
+def add_product(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``target`` (N, O), overwritten, + ``left`` (N, r) ``right`` (r, O): the sum is rounded to its dtype once.
+
+    On a processor a bfloat16 target is not widened: left and right are split, and their product is summed in float32.
+    """
+    if target.dtype == left.dtype:
+        return target.addmm_(left, right)
+    if not _narrow(target) or min(target.shape) < _WIDENED:
+        return torch.addmm(target.to(left.dtype), left, right).to(target.dtype)
+    (left_high, left_low), (right_high, right_low) = _split(left), _split(right)
+    return target.addmm_(
+        torch.cat((left_high, left_low, left_high), dim=1), torch.cat((right_high, right_high, right_low))
+    )
+
+
+def _narrow(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+
+
+def _split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bfloat16 tensors whose sum is x to 16 bits."""
+    high = x.bfloat16()
+    return high, (x - high).bfloat16()
