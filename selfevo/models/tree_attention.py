@@ -55,68 +55,82 @@ class _TreeAttention(torch.autograd.Function):
         ctx.save_for_backward(queries, keys, values)
         if queries.dtype != torch.bfloat16 or has_matrix_units():
             return _by_stretches(queries, keys, values, mask)
-        blocks = _Blocks(queries, keys, values)
-        mixed = blocks.empty()
-        for block in mask.blocks(_ROW_BYTES // queries.element_size()):
-            own = blocks.rows(queries, block)
-            blocks.write(mixed, block, torch.bmm(blocks.weights(own, block), blocks.seen(blocks.values, block)))
+        whole = _Whole(queries, keys, values)
+        mixed = whole.empty()
+        for block in mask.blocks(whole.block_rows):
+            part = _Part(whole, block)
+            part.write(mixed, torch.bmm(part.weights(), part.values))
         return mixed
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         queries, keys, values = ctx.saved_tensors
-        blocks = _Blocks(queries, keys, values)
-        grad_queries = blocks.empty()
+        whole = _Whole(queries, keys, values)
+        grad_queries = whole.empty()
         wide = torch.promote_types(keys.dtype, torch.float32)  # the keys' gradients are sums over many blocks
-        grad_keys, grad_values = (torch.zeros_like(x, dtype=wide) for x in (blocks.keys, blocks.values))
-        for block in ctx.mask.blocks(_ROW_BYTES // queries.element_size()):
-            own, slopes = blocks.rows(queries, block), blocks.rows(grad, block)
-            weights = blocks.weights(own, block)
-            blocks.add(grad_values, block, torch.bmm(weights.transpose(1, 2), slopes))
-            slopes = torch.bmm(slopes, blocks.seen(blocks.values, block).transpose(1, 2))
+        grad_keys, grad_values = (torch.zeros_like(x, dtype=wide) for x in (whole.keys, whole.values))
+        for block in ctx.mask.blocks(whole.block_rows):
+            part = _Part(whole, block)
+            slopes, weights = part.rows(grad), part.weights()
+            part.add(grad_values, torch.bmm(weights.transpose(1, 2), slopes))
+            slopes = torch.bmm(slopes, part.values.transpose(1, 2))
             slopes = torch._softmax_backward_data(slopes, weights, -1, weights.dtype)  # 0 where nothing may be seen
-            slopes.mul_(blocks.scale)
-            blocks.write(grad_queries, block, torch.bmm(slopes, blocks.seen(blocks.keys, block)))
-            blocks.add(grad_keys, block, torch.bmm(slopes.transpose(1, 2), own))
+            part.write(grad_queries, torch.bmm(slopes, part.keys).mul_(whole.scale))
+            part.add(grad_keys, torch.bmm(slopes.transpose(1, 2), part.queries))
         return grad_queries, grad_keys.to(keys.dtype)[None], grad_values.to(values.dtype)[None], None
 
 
-class _Blocks:
-    """Queries as rows of products with the keys that they share, block by block."""
+class _Whole:
+    """Keys and values (K, N, E), and what the blocks have in common."""
 
     def __init__(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys[0].contiguous(), values[0].contiguous()
-        self.heads, self.length, self.size = queries.shape[1:]
-        self.scale = self.size**-0.5
-        self.new = queries.new_empty
+        self.queries, self.keys, self.values = queries, keys[0].contiguous(), values[0].contiguous()
+        self.scale = queries.shape[-1] ** -0.5
+        self.block_rows = _ROW_BYTES // queries.element_size()
 
     def empty(self) -> Tensor:
         """Room for (1, H, N, E), a node's heads side by side as the layers around want them."""
-        return self.new(1, self.length, self.heads, self.size).transpose(1, 2)
+        _, heads, length, size = self.queries.shape
+        return self.queries.new_empty(1, length, heads, size).transpose(1, 2)
 
-    def rows(self, x: Tensor, block: Block) -> Tensor:
-        """(1, H, N, E) -> (K, R G, E)."""
-        own = x[0].unflatten(0, (len(self.keys), -1))[:, :, block.rows]
-        return own.transpose(1, 2).reshape(len(self.keys), -1, self.size)
 
-    def write(self, target: Tensor, block: Block, own: Tensor) -> None:
-        place = target[0].unflatten(0, (len(self.keys), -1))[:, :, block.rows]
+class _Part:
+    """One block: ``queries`` (K, R G, E), scaled, the rows of products with the ``keys`` (K, S, E) that they share.
+
+    A bfloat16 product of a new shape takes milliseconds to prepare. Blocks of full size, of shapes that come again with
+    every trie, are computed in the dtype of the keys, the odd ones in float32.
+    """
+
+    def __init__(self, whole: _Whole, block: Block) -> None:
+        self.block, self.groups = block, len(whole.keys)
+        self.sizes = [part.stop - part.start for part in block.seen]
+        full = block.rows.stop - block.rows.start == whole.block_rows and sum(self.sizes) % whole.block_rows == 0
+        self.dtype = whole.keys.dtype if full else torch.promote_types(whole.keys.dtype, torch.float32)
+        self.queries = self.rows(whole.queries).mul_(whole.scale)
+        self.keys, self.values = (
+            torch.cat([x[:, part] for part in block.seen], dim=1).to(self.dtype) for x in (whole.keys, whole.values)
+        )
+
+    def rows(self, x: Tensor) -> Tensor:
+        """(1, H, N, E) -> (K, R G, E), a copy."""
+        own = x[0].unflatten(0, (self.groups, -1))[:, :, self.block.rows].transpose(1, 2)
+        return own.to(self.dtype, copy=True, memory_format=torch.contiguous_format).flatten(1, 2)
+
+    def write(self, target: Tensor, own: Tensor) -> None:
+        place = target[0].unflatten(0, (self.groups, -1))[:, :, self.block.rows]
         place.copy_(own.unflatten(1, (place.shape[2], -1)).transpose(1, 2))
 
-    def seen(self, x: Tensor, block: Block) -> Tensor:
-        """Keys or values (K, N, E) -> those that the block attends to, (K, S, E)."""
-        return x[:, block.seen[0]] if len(block.seen) == 1 else torch.cat([x[:, part] for part in block.seen], dim=1)
+    def add(self, total: Tensor, own: Tensor) -> None:
+        """Adds the gradient of keys or values (K, S, E) to its places in that of all."""
+        for part, piece in zip(self.block.seen, own.split(self.sizes, dim=1)):
+            total[:, part].add_(piece)
 
-    def add(self, total: Tensor, block: Block, own: Tensor) -> None:
-        """Adds what :meth:`seen` would take, (K, S, E), to its places."""
-        for part, piece in zip(block.seen, own.split([part.stop - part.start for part in block.seen], dim=1)):
-            total[:, part] += piece
-
-    def weights(self, own: Tensor, block: Block) -> Tensor:
-        """Rows (K, R G, E) -> their attention weights (K, R G, S)."""
-        scores = torch.bmm(own * self.scale, self.seen(self.keys, block).transpose(1, 2))
-        if block.hidden is not None:
-            rows, last = block.hidden.shape
-            scores.unflatten(1, (rows, -1))[..., -last:].masked_fill_(block.hidden[:, None], -torch.inf)
+    def weights(self) -> Tensor:
+        """Attention weights (K, R G, S)."""
+        scores = torch.bmm(self.queries, self.keys.transpose(1, 2))
+        hidden = self.block.hidden
+        if hidden is not None:
+            rows, last = hidden.shape
+            scores.unflatten(1, (rows, -1))[..., -last:].masked_fill_(hidden[:, None], -torch.inf)
         return scores.softmax(dim=-1)
