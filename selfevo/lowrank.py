@@ -61,8 +61,8 @@ class _AdaptedLinear(torch.autograd.Function):
         if needs_x:
             grad_x = add_product(linear(rows, weight.t()), grad_narrow, all_a).view(*grad.shape[:-1], weight.shape[1])
         if needs_a:
-            grad_a = product(x.t(), grad_narrow[:, ctx.frozen :]).t()
-        grad_b = product(rows.t(), narrow) if needs_b else None
+            grad_a = product(grad_narrow[:, ctx.frozen :].t(), x)
+        grad_b = product(narrow.t(), rows).t() if needs_b else None
         grad_weight = rows.t() @ x if needs_weight else None
         grad_bias = rows.sum(0) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None, None, grad_a, grad_b

@@ -60,19 +60,25 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
-def product(wide: Tensor, narrow: Tensor) -> Tensor:
-    """(M, K) times (K, r) -> (M, r) in the dtype of ``narrow``, where r is small: what takes time is to read ``wide``.
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, of which one factor is wide and may be of 16 bits, and the other a narrow one of rank r, whose
+    dtype the result has: what takes time is to read the wide one.
 
     On a processor, bfloat16 is read as it is. The float32 factor is split into two bfloat16 parts, and as a product of
     bfloat16 is rounded when it is written, a second one, which starts from the negative of the first, brings back what
     was lost: 16 bits are right, rather than 8.
     """
+    if left.dtype == right.dtype:
+        return left @ right
+    side = 1 if right.dtype == torch.float32 else 0  # of the narrow factor, and the dimension its parts are put along
+    wide, narrow = (left, right) if side else (right, left)
     if not _narrow(wide) or min(wide.shape) < _WIDENED:
-        return wide.to(narrow.dtype) @ narrow
-    parts = torch.cat(_split(narrow), dim=1)
-    rounded = wide @ parts
-    whole = torch.addmm(rounded, wide, parts, beta=-1) + rounded.to(narrow.dtype)
-    high, low = whole.chunk(2, dim=1)
+        return left.to(narrow.dtype) @ right.to(narrow.dtype)
+    parts = torch.cat(_split(narrow), dim=side)
+    factors = (wide, parts) if side else (parts, wide)
+    rounded = torch.mm(*factors)
+    whole = torch.addmm(rounded, *factors, beta=-1) + rounded.to(narrow.dtype)
+    high, low = whole.chunk(2, dim=side)
     return high + low
 
 

@@ -110,10 +110,11 @@ def test_products_of_bfloat16_with_float32_factors_keep_sixteen_bits(
 ) -> None:
     wide = normal(rows, size, dtype=torch.bfloat16)
     narrow = normal(size, rank, seed=1, dtype=torch.float32) * 2.0**exponent
-    for big, small in ((wide, narrow), (wide.t(), normal(rows, rank, seed=2, dtype=torch.float32) * 2.0**exponent)):
-        exact = big.double() @ small.double()
-        terms = big.double().abs() @ small.double().abs()  # what the rounding of the sums goes by
-        found = product(big, small)
+    other = normal(rank, rows, seed=2, dtype=torch.float32) * 2.0**exponent
+    for first, second in ((wide, narrow), (wide.t(), other.t()), (other, wide), (narrow.t(), wide.t())):
+        exact = first.double() @ second.double()
+        terms = first.double().abs() @ second.double().abs()  # what the rounding of the sums goes by
+        found = product(first, second)
         assert found.dtype == torch.float32
         assert ((found - exact).abs() <= 2**-14 * exact.abs() + 2**-15 * terms).all()
     left, target = normal(rows, rank, seed=3, dtype=torch.float32), normal(rows, size, seed=4, dtype=torch.bfloat16)
