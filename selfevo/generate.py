@@ -22,7 +22,7 @@ from selfevo.sampling import candidates, draw, penalise, uniform_noise
 from selfevo.trie import Ids, as_ids, build_trie, pack
 
 MAX_PREFILL_TOKENS = 4096  # distinct prompt tokens of one prefill pass
-HEAD_PART = 2048  # rows of the head in one product, see head_logits
+HEAD_PART, FEW_ROWS = 2048, 64  # rows of the head in one product and few hidden states, see head_logits
 
 
 @dataclass(frozen=True)
@@ -235,25 +235,24 @@ class _Decoder:
 def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Hidden states (R, D), head (V, D) -> logits (R, V) float32, written to the first rows of ``out``.
 
-    On a processor the head comes in parts that the cache holds, in float32 each as the left side of the product: with
-    few rows on that side, threads would have nothing to share. There a single row is read at a third of the memory's
-    rate, so it goes twice. Where there are matrix units, one row is best read by the product with a vector, and a few
-    from the right.
+    On a processor the head comes in parts that the cache holds, as the left side of the product where that is faster:
+    in float32, where threads would have nothing to share with few rows on that side, and with few rows where there are
+    bfloat16 units. A single row is read at a third of the memory's rate there, so it goes twice; with these units, it
+    is best read by the product with a vector.
     """
     rows, logits = len(hidden), out[: len(hidden)]
     if hidden.device.type != "cpu":
         return logits.copy_(F.linear(hidden, weight))
-    units = has_matrix_units()
+    units, narrow = has_matrix_units(), hidden.dtype != torch.float32
+    if units and rows == 1:
+        return logits.copy_(torch.mv(weight, hidden[0]))
+    right = rows > FEW_ROWS or not units if narrow else rows < 4 and units
     columns = (hidden if rows > 1 else hidden.repeat(2, 1)).t()  # a view: laid out anew it takes five times as long
-    for start in range(0, len(weight), HEAD_PART):
-        part = slice(start, start + HEAD_PART)
+    size = HEAD_PART * (8 if narrow and units else 1)
+    for start in range(0, len(weight), size):
+        part = slice(start, start + size)
         own = weight[part]
-        if units and rows == 1:
-            logits[0, part] = torch.mv(own, hidden[0])
-        elif hidden.dtype != torch.float32 or (units and rows < 4):
-            logits[:, part] = F.linear(hidden, own)
-        else:
-            logits[:, part] = torch.mm(own, columns).t()[:rows]
+        logits[:, part] = F.linear(hidden, own) if right else torch.mm(own, columns).t()[:rows]
     return logits
 
 

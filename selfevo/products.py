@@ -5,6 +5,7 @@ Notation: N rows, I and O input and output size, r a rank. Times are of two thre
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -24,6 +25,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+@functools.cache
 def has_matrix_units() -> bool:
     """Whether this processor multiplies bfloat16 matrices in units of their own (AMX)."""
     capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older versions of torch

@@ -93,34 +93,21 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | TreeMas
 def attend_shared(queries: Tensor, keys: Tensor, values: Tensor, mask: SharedPrefixes, layer: int) -> Tensor:
     """Attention (B, H, 1, E) of rows to their own keys and values (B, K, S, E) and to the trunks they share.
 
-    A trunk is read once for all its rows, whose queries are the rows of one product; the two parts of a row are summed
-    by their softmax weights. Computed in the dtype of the keys.
+    A trunk is read once for all its rows, whose queries are the rows of one product; one softmax takes both parts.
+    Computed in the dtype of the keys.
     """
     batch, heads, _, size = queries.shape
     groups = keys.shape[1]
     each = heads // groups  # query heads that share a key-value head
     scaled = queries.to(keys.dtype).mul(size**-0.5).view(batch, groups, each, size)
-    hidden = mask.hidden[:, None].expand(-1, groups, -1).reshape(batch * groups, 1, -1)
-    own = _weighed(scaled.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1), hidden)
-    parts = []
-    for trunk, rows in zip(mask.trunks, scaled[mask.order].split(mask.sizes)):
-        together = rows.transpose(0, 1).reshape(groups, -1, size)
-        unseen = None if trunk.hidden is None else trunk.hidden.repeat_interleave(each, dim=0)
-        found = _weighed(together, trunk.keys[layer], trunk.values[layer], unseen)
-        parts.append([x.view(groups, len(rows), each, -1).transpose(0, 1) for x in found])
-    shared = [torch.cat(x)[mask.back].view(batch * groups, each, -1) for x in zip(*parts)]
-    top = torch.maximum(own[2], shared[2])
-    scales = [(x[2] - top).exp_() for x in (own, shared)]
-    total = own[1] * scales[0] + shared[1] * scales[1]
-    mixed = own[0].mul_(scales[0]).add_(shared[0].mul_(scales[1])).div_(total)
-    return mixed.view(batch, heads, 1, size).to(queries.dtype)
-
-
-def _weighed(queries: Tensor, keys: Tensor, values: Tensor, hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (G, Q, E), keys and values (G, N, E) -> values weighed by e^(score - top), these weights' sum, top."""
-    scores = torch.bmm(queries, keys.transpose(1, 2))
-    if hidden is not None:
-        scores.masked_fill_(hidden, -torch.inf)
-    top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(scores.dtype).min)  # finite where all is hidden
-    weights = scores.sub_(top).exp_()
-    return torch.bmm(weights, values), weights.sum(-1, keepdim=True), top
+    own = torch.matmul(scaled, keys.transpose(2, 3)).masked_fill_(mask.hidden[:, None, None], -torch.inf)
+    parts: list[tuple[Tensor, Tensor]] = []
+    per_trunk = (x[mask.order].transpose(0, 1).split(mask.sizes, dim=1) for x in (scaled, own))
+    for trunk, rows, latest in zip(mask.trunks, *per_trunk):
+        scores = torch.bmm(rows.flatten(1, 2), trunk.keys[layer].transpose(1, 2)).unflatten(1, (-1, each))
+        if trunk.hidden is not None:
+            scores.masked_fill_(trunk.hidden[:, None], -torch.inf)
+        shared, latest = torch.cat((scores, latest), dim=-1).softmax(-1).split((scores.shape[-1], own.shape[-1]), -1)
+        parts.append((torch.bmm(shared.flatten(1, 2), trunk.values[layer]).view_as(rows), latest))
+    mixed, weights = (torch.cat(x, dim=1).transpose(0, 1)[mask.back] for x in zip(*parts))
+    return mixed.add_(torch.matmul(weights, values)).view(batch, heads, 1, size).to(queries.dtype)

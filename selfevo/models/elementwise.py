@@ -19,6 +19,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The division is in float32 and its result rounded to the dtype of x before the weight, as checkpoints were trained.
     """
+    if not torch.is_grad_enabled():  # of one row, every call counts
+        return weight * F.rms_norm(_wide(x), x.shape[-1:], None, eps).to(x.dtype)
     result: Tensor = _RMSNorm.apply(x, weight, eps)
     return result
 
@@ -52,6 +54,8 @@ def _wide(x: Tensor) -> Tensor:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in the rotate-half form: x (B, H, T, E), cosines and sines (B, 1, T, E), constants."""
+    if not torch.is_grad_enabled():
+        return _rotated(x, cos, sin, 1)
     result: Tensor = _Rotate.apply(x, cos, sin)
     return result
 
