@@ -10,7 +10,7 @@ from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _TIES = 16  # scores beyond the k-th that are looked at in case they tie with it
-_BLOCK = 128  # neighbours in the vocabulary of which the maximum is taken first, see largest
+_BLOCK, _LANES = 128, 8  # scores of which the maximum is taken first, see largest
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
@@ -51,16 +51,32 @@ def largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     They lie in the ``width`` blocks of neighbours whose maxima are largest, and a maximum costs far less than a search:
     the other blocks are not looked at.
     """
-    blocks = scores.shape[1] // _BLOCK
-    if blocks < 4 * width:
+    count = scores.shape[1] // _BLOCK
+    if count < 4 * width:
         return scores.topk(width)
-    inside, total = torch.arange(_BLOCK, device=scores.device), blocks * _BLOCK
-    chosen = scores[:, :total].unflatten(1, (blocks, _BLOCK)).amax(2).topk(width, sorted=False).indices
-    ids = (chosen[:, :, None] * _BLOCK + inside).flatten(1)
-    rest = torch.arange(total, scores.shape[1], device=scores.device).expand(len(scores), -1)
-    ids = torch.cat((ids, rest), dim=1)
-    found, places = scores.gather(1, ids).topk(width)
-    return found, ids.gather(1, places)
+    blocks = scores[:, : count * _BLOCK].unflatten(1, (count, _BLOCK))
+    chosen = blocks.amax(2).topk(width, sorted=False).indices
+    rows = torch.arange(len(scores), device=scores.device)[:, None]
+    near, rest = blocks[rows, chosen].flatten(1), scores[:, count * _BLOCK :]
+    if rest.shape[1]:
+        near = torch.cat((near, rest), dim=1)
+    found, places = _largest_of_few(near, width)
+    block = places // _BLOCK  # those after the last are of the rest
+    ids = chosen.gather(1, block.clamp(max=width - 1)) * _BLOCK + places % _BLOCK
+    return found, torch.where(block < width, ids, places + (count - width) * _BLOCK)
+
+
+def _largest_of_few(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The same once more, the members of a block ``count`` places apart: maxima of few neighbours are slow."""
+    count = scores.shape[1] // _LANES
+    if count < 4 * width:
+        return scores.topk(width)
+    chosen = scores[:, : count * _LANES].unflatten(1, (_LANES, count)).amax(1).topk(width, sorted=False).indices
+    lanes = count * torch.arange(_LANES, device=scores.device)
+    rest = torch.arange(count * _LANES, scores.shape[1], device=scores.device).expand(len(scores), -1)
+    places = torch.cat(((chosen[:, None] + lanes[:, None]).flatten(1), rest), dim=1)
+    found, order = scores.gather(1, places).topk(width)
+    return found, places.gather(1, order)
 
 
 def draw(probs: Tensor, ids: Tensor, noise: Tensor) -> Tensor:
