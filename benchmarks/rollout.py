@@ -7,12 +7,13 @@ tokens, at the paper's sampling settings. We take all supporter turns of a few w
 gets a left-padded batch of them, taken evenly by length, so that its tokens per prompt are the same on average. Each
 contender has a process of its own; rounds alternate, and the first of each is not counted. ``--adapters`` adds LoRA of
 rank 8 on every linear layer (peft's on the other side). ``--continuous`` also runs the continuous batching of
-transformers, which needs a version that has it.
+transformers, which needs a version that has it, and ``--vllm`` vLLM, without adapters, where it is installed.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -124,13 +125,33 @@ def transformers_generate(folder: str, dtype: str, new: int, batch: int, adapter
     return work
 
 
-def bandwidth(size: int = 2**28, tries: int = 5) -> float:
+def vllm_generate(folder: str, dtype: str, new: int, memory: float) -> Work:
+    """All prompts at once, with its prefix cache on; ``memory`` is the share of the GPU's that it may take."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # a contender's process may have no children
+    from vllm import LLM, SamplingParams  # type: ignore[import-not-found]
+
+    model = LLM(folder, dtype=dtype, enable_prefix_caching=True, gpu_memory_utilization=memory)
+    sampling = SamplingParams(
+        temperature=SAMPLING.temperature, top_p=SAMPLING.top_p, top_k=SAMPLING.top_k,
+        repetition_penalty=SAMPLING.repetition_penalty, max_tokens=new, min_tokens=new, ignore_eos=True, seed=0,
+        detokenize=False,
+    )  # fmt: skip
+
+    def work(job: Job) -> dict[str, float]:
+        outputs = model.generate([{"prompt_token_ids": prompt} for prompt in job], sampling, use_tqdm=False)
+        assert all(len(output.outputs[0].token_ids) == new for output in outputs)
+        return {"replies": len(outputs)}
+
+    return work
+
+
+def bandwidth(device: torch.device, size: int = 2**28, tries: int = 5) -> float:
     """Bytes read per second by a sum over float32 numbers that no cache holds."""
-    numbers = torch.ones(size)
+    numbers = torch.ones(size, device=device)
     best = float("inf")
     for _ in range(tries):
         started = time.perf_counter()
-        numbers.sum()
+        float(numbers.sum())
         best = min(best, time.perf_counter() - started)
     return 4 * size / best
 
@@ -157,7 +178,12 @@ def main() -> None:
     parser.add_argument("--peer-batch", type=int, nargs="+", default=[8], help="batch sizes of the others (default: 8)")
     parser.add_argument("--adapters", action="store_true", help="with LoRA adapters")
     parser.add_argument("--continuous", action="store_true", help="also continuous batching of transformers")
+    parser.add_argument(
+        "--vllm", type=float, metavar="SHARE", help="also vLLM, with this share of the GPU's memory (0.4, say)"
+    )
     options = parser.parse_args()
+    if options.vllm and options.adapters:
+        parser.error("vLLM is run without adapters: --vllm and --adapters do not go together")
     tokenizer = load_tokenizer(options.tokenizer)
     dialogues = dialogue_pairs(options.data, tokenizer, 0, (options.rounds + 1) * options.dialogues)
     groups = [dialogues[i : i + options.dialogues] for i in range(0, len(dialogues), options.dialogues)]
@@ -170,6 +196,9 @@ def main() -> None:
             for batch in options.peer_batch:
                 name = f"transformers{' continuous' if continuous else ''}, batch {batch}"
                 contenders.append(Contender(name, transformers_generate, **common, batch=batch, continuous=continuous))
+        if options.vllm:
+            peer = {"folder": folder, "dtype": options.dtype, "new": options.new, "memory": options.vllm}
+            contenders.append(Contender("vLLM", vllm_generate, **peer))
         results = compete(contenders, jobs, lambda r: f"{r.counts['replies']:.0f} replies in {r.seconds:.1f} s")
         one = contenders[0].work([jobs[0][0]])
         for contender in contenders:
@@ -201,7 +230,7 @@ def main() -> None:
         f"{parts['sampling'] / step:.1%} of the decode steps"
     )
     per_step = (one.counts["decode"] + one.counts["head and sampling"]) / options.new
-    rate, least = weight_bytes(options.shape, options.dtype) / per_step, bandwidth()
+    rate, least = weight_bytes(options.shape, options.dtype) / per_step, bandwidth(device_and_dtype(options.dtype)[0])
     print(
         f"one reply alone: {per_step * 1e3:.1f} ms a step, {rate / 1e9:.1f} GB/s of weights, {rate / least:.0%} of the "
         f"{least / 1e9:.1f} GB/s that a plain sum reads"

@@ -190,6 +190,23 @@ def report(name: str, results: list[Result], ours: list[Result] | None) -> str:
     return line + f" {spread(ratios)} |"
 
 
+def show_profile(work: Work, jobs: list[Job]) -> None:
+    """Where the time of our second job goes: by our own steps, with all they call, and by single operations."""
+    work(jobs[0])
+    with torch.profiler.profile() as found:
+        work(jobs[1])
+    events = found.key_averages()
+    total = sum(event.self_cpu_time_total for event in events)
+    own = {event.key: event.cpu_time_total for event in events if event.key.startswith("_")}
+    for title, parts in (
+        ("our differentiable steps, forward and Backward", own),
+        ("single operations", {event.key: event.self_cpu_time_total for event in events}),
+    ):
+        print(f"\n| {title} | share of the time |\n|---|---|")
+        for name, time in sorted(parts.items(), key=lambda item: -item[1])[:12]:
+            print(f"| {name} | {time / total:.1%} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="dialogues, e.g. ESConv.json")
@@ -205,6 +222,7 @@ def main() -> None:
         "--shuffle", choices=("dialogues", "pairs"), default="dialogues", help="as in examples/iterate.py"
     )
     parser.add_argument("--checkpoint-activations", action="store_true", help="recompute activations")
+    parser.add_argument("--profile", action="store_true", help="only show where our own time goes")
     options = parser.parse_args()
     tokenizer = load_tokenizer(options.tokenizer)
     every = dialogue_pairs(options.data, tokenizer, 0, (options.rounds + 1) * options.dialogues)
@@ -212,12 +230,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_random(options.shape, Path(folder), tokenizer, getattr(torch, options.dtype))
         common = {"folder": folder, "dtype": options.dtype}
-        contenders = [
-            Contender(
-                "selfevo", selfevo_loop, **common, max_tokens=options.max_tokens, shuffle=options.shuffle,
-                checkpointed=options.checkpoint_activations,
-            )
-        ]  # fmt: skip
+        setup = {
+            "max_tokens": options.max_tokens,
+            "shuffle": options.shuffle,
+            "checkpointed": options.checkpoint_activations,
+        }
+        if options.profile:
+            show_profile(selfevo_loop(**common, **setup), jobs)
+            return
+        contenders = [Contender("selfevo", selfevo_loop, **common, **setup)]
         peers = common | {"batch": options.peer_pairs, "checkpointed": options.checkpoint_activations}
         if "plain" in options.against:
             contenders.append(Contender("plain loop", plain_loop, **peers))

@@ -18,6 +18,7 @@ from selfevo.models.attention import Mask, SharedPrefixes, Trunk
 from selfevo.models.transformer import Transformer
 from selfevo.trie import Ids, TokenTrie
 
+_ROWS, _KEYS = 8, 256  # what the rows and keys of a step are rounded up to where steps are captured
 SPREAD = 1.1  # a trunk holds at most so many times the tokens of its longest prompt
 
 
@@ -42,12 +43,20 @@ class Step:
 
 
 class RowCache(Protocol):
-    """Takes the prompts of a prefilled trie, lets them enter a slot one at a time, adds a token to every row a step."""
+    """Takes the prompts of a prefilled trie, lets them enter a slot one at a time, adds a token to every row a step.
+
+    ``advance`` makes room for that token; from then on a step is of the first ``rows`` slots, some of which may be
+    idle, and ``span`` keys.
+    """
+
+    rows: int
+    span: int
 
     def prompts(self, prefill: PrefillCache, trie: TokenTrie) -> list[Prompt]: ...
     def enter(self, slot: int, prompt: Prompt) -> None: ...
     def move(self, source: int, target: int) -> None: ...
-    def step(self, rows: int) -> Step: ...
+    def advance(self, rows: int) -> None: ...
+    def step(self) -> Step: ...
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
@@ -65,7 +74,8 @@ def row_cache(model: Transformer, slots: int, longest: int, new: int) -> RowCach
 
 
 class _Slots:
-    """Preallocated keys and values (layers, slots, K, capacity, E), of which ``lengths`` (slots,) are filled."""
+    """Preallocated keys and values (layers, slots, K, capacity, E), of which ``lengths`` (slots,) are filled; ``held``
+    are the same numbers, known without asking the device."""
 
     def __init__(self, model: Transformer, slots: int, capacity: int, dtype: torch.dtype) -> None:
         config, device = model.config, model.device
@@ -73,30 +83,39 @@ class _Slots:
         self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
         self.slots = torch.arange(slots, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.held = [0] * slots
         self.rows = self.span = 0
 
+    def fill(self, slot: int, length: int) -> None:
+        self.lengths[slot] = self.held[slot] = length
+
     def move(self, source: int, target: int) -> None:
-        length = int(self.lengths[source])
+        length = self.held[source]
         for stored in (self.keys, self.values):
             stored[:, target, :, :length] = stored[:, source, :, :length]
-        self.lengths[target] = length
+        self.fill(target, length)
 
-    def grow(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Makes room for one token in each of the first rows: their lengths before it, and the places of all keys."""
-        lengths = self.lengths[:rows].clone()
+    def advance(self, rows: int) -> None:
         self.lengths[:rows] += 1
-        self.rows, self.span = rows, int(lengths.max()) + 1
-        return lengths, torch.arange(self.span, device=lengths.device)
+        self.held[:rows] = [length + 1 for length in self.held[:rows]]
+        self.rows, self.span = rows, max(self.held[:rows])
+
+    def newest(self) -> Tensor:
+        """Where the rows' new tokens go, (rows,)."""
+        return (self.lengths[: self.rows] - 1).clamp(min=0)
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        rows, places = self.slots[: self.rows], self.lengths[: self.rows] - 1
+        rows, places = self.slots[: self.rows], self.newest()
         self.keys[layer, rows, :, places] = keys[:, :, 0].to(self.keys.dtype)
         self.values[layer, rows, :, places] = values[:, :, 0].to(self.values.dtype)
         return self.keys[layer, : self.rows, :, : self.span], self.values[layer, : self.rows, :, : self.span]
 
 
 class SlotCache(_Slots):
-    """Every row has a copy of its prompt, and one call attends for all. For accelerators, where calls are dear."""
+    """Every row has a copy of its prompt, and one call attends for all. For accelerators, where calls are dear.
+
+    Steps come in few shapes, so that they can be captured: idle slots and unused keys fill them up.
+    """
 
     def __init__(self, model: Transformer, slots: int, capacity: int) -> None:
         super().__init__(model, slots, capacity, model.dtype)
@@ -109,11 +128,16 @@ class SlotCache(_Slots):
         length = len(prompt.path)
         self.keys[:, slot, :, :length] = prompt.trunk.keys[:, :, prompt.path]
         self.values[:, slot, :, :length] = prompt.trunk.values[:, :, prompt.path]
-        self.lengths[slot] = length
+        self.fill(slot, length)
 
-    def step(self, rows: int) -> Step:
-        lengths, places = self.grow(rows)
-        return Step(lengths[:, None], (places <= lengths[:, None])[:, None], places.expand(rows, -1))
+    def advance(self, rows: int) -> None:
+        super().advance(rows)
+        self.rows = min(_rounded(rows, _ROWS), len(self.held))
+        self.span = min(_rounded(self.span, _KEYS), self.keys.shape[3])
+
+    def step(self) -> Step:
+        newest, places = self.newest()[:, None], torch.arange(self.span, device=self.lengths.device)
+        return Step(newest, (places <= newest)[:, None], places.expand(self.rows, -1))
 
 
 class BranchCache(_Slots):
@@ -135,7 +159,8 @@ class BranchCache(_Slots):
         return found
 
     def enter(self, slot: int, prompt: Prompt) -> None:
-        self.branches[slot], self.starts[slot], self.lengths[slot] = prompt, len(prompt.path), 0
+        self.branches[slot], self.starts[slot] = prompt, len(prompt.path)
+        self.fill(slot, 0)
         self.shared = None
 
     def move(self, source: int, target: int) -> None:
@@ -144,14 +169,13 @@ class BranchCache(_Slots):
         self.starts[target] = self.starts[source]
         self.shared = None
 
-    def step(self, rows: int) -> Step:
-        lengths, places = self.grow(rows)
-        starts = self.starts[:rows]
-        if self.shared is None or len(self.shared.order) != rows:
-            self.branches[rows:] = [None] * (len(self.branches) - rows)  # lets go of what finished
+    def step(self) -> Step:
+        newest, places, starts = self.newest()[:, None], torch.arange(self.span), self.starts[: self.rows, None]
+        if self.shared is None or len(self.shared.order) != self.rows:
+            self.branches[self.rows :] = [None] * (len(self.branches) - self.rows)  # lets go of what finished
             self.shared = _shared([branch for branch in self.branches if branch is not None])
-        mask = replace(self.shared, hidden=places > lengths[:, None])
-        return Step((starts + lengths)[:, None], mask, starts[:, None] + places)
+        mask = replace(self.shared, hidden=places > newest)
+        return Step(starts + newest, mask, starts + places)
 
 
 def _trunk(prefill: PrefillCache, trie: TokenTrie, nodes: Ids, dtype: torch.dtype) -> Trunk:
@@ -192,6 +216,10 @@ def _shared(branches: Sequence[Prompt]) -> SharedPrefixes:
     return SharedPrefixes(
         trunks, [len(members) for members in rows.values()], order, order.argsort(), order[:, None] < 0
     )
+
+
+def _rounded(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from selfevo.caches import PrefillCache, Prompt, row_cache
 from selfevo.folding import folded_adapters
+from selfevo.graphs import step_graphs
 from selfevo.models.transformer import Transformer
 from selfevo.products import has_matrix_units
 from selfevo.sampling import candidates, draw, penalise, uniform_noise
@@ -136,6 +137,7 @@ class _Decoder:
         slots = min(batch_size, len(sequences))
         longest = max(len(sequence.prompt) for sequence in sequences)
         self.cache = row_cache(model, slots, longest, max_new_tokens)
+        self.graphs = step_graphs(model.device)
         self.logits = torch.empty(slots, model.config.vocab_size, device=model.device)
         self.seen = torch.zeros(slots, longest + max_new_tokens, dtype=torch.int64, device=model.device)
         self.keys = torch.zeros(slots, dtype=torch.int64, device=model.device)
@@ -159,24 +161,32 @@ class _Decoder:
 
     def _decode(self) -> Tensor:
         """Feeds the last tokens: hidden states (R, D)."""
-        rows = len(self.running)
-        step = self.cache.step(rows)
+        self.cache.advance(len(self.running))
+        if self.graphs is None:
+            hidden = self._feed()
+        else:
+            hidden = self.graphs.run((self.cache.rows, self.cache.span), self._feed)
+        return hidden[: len(self.running)]
+
+    def _feed(self) -> Tensor:
+        """The part of a step that depends on nothing but its shape and what the buffers hold: (rows, D)."""
+        step, last = self.cache.step(), self.last[: self.cache.rows, None]
         hidden = self.model.hidden_states(
-            self.last[:rows, None], step.positions, step.mask, cache=self.cache, key_positions=step.key_positions
+            last, step.positions, step.mask, cache=self.cache, key_positions=step.key_positions
         )
         return hidden[:, 0]
 
     def _accept(self, rows: slice, hidden: Tensor) -> None:
         """Chooses the next token of some rows and appends it to their replies."""
-        lengths = self.lengths[rows]
-        seen = self.seen[rows, : int(lengths.max())]
+        sequences, lengths = self.running[rows], self.lengths[rows]
+        seen = self.seen[rows, : max(len(sequence.prompt) + len(sequence.reply) for sequence in sequences)]
         logits = head_logits(hidden, self.model.lm_head.weight, self.logits)
         tokens = self.sampling.choose(logits, seen, self.keys[rows], self.steps[rows])
         self.last[rows] = tokens
         self.steps[rows] += 1
         self.seen[rows].scatter_(1, lengths[:, None], tokens[:, None])
         self.lengths[rows] += 1
-        for sequence, token in zip(self.running[rows], tokens.tolist()):
+        for sequence, token in zip(sequences, tokens.tolist()):
             sequence.reply.append(token)
         self.produced += len(tokens)
 

@@ -53,7 +53,7 @@ def test_a_small_trie_written_out() -> None:
 
 def test_a_single_chain_is_one_causal_stretch() -> None:
     (stretch,) = build_trie([[1, 2, 3], [1, 2], [1, 2, 3]]).mask().stretches
-    assert stretch.nodes == slice(0, 3) and stretch.before == () and stretch.mask is None
+    assert (stretch.nodes, stretch.before, stretch.mask) == (slice(0, 3), (), None)
 
 
 @given(sequences=st.lists(ids, min_size=1, max_size=12), forest=st.sampled_from([1, 2, 5]))
@@ -85,7 +85,8 @@ def test_blocks_allow_what_the_dense_mask_allows(sequences: list[list[int]], for
     for block in blocks:
         columns = torch.cat([torch.arange(len(trie))[part] for part in block.seen])
         count = block.rows.stop - block.rows.start
-        assert count <= max(rows, forest) and columns[-1] == block.rows.stop - 1
+        assert count <= max(rows, forest)
+        assert columns[-1] == block.rows.stop - 1
         sees = torch.ones(count, len(columns), dtype=torch.bool)
         if block.hidden is not None:
             sees[:, -block.hidden.shape[1] :] = ~block.hidden

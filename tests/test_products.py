@@ -1,0 +1,83 @@
+"""Products in a processor's favourite forms are the plain ones, to the rounding of their dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from selfevo import products as room
+from selfevo.lora import inject_lora, merge_adapters
+from selfevo.products import Linear, add_product, linear, product
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a processor with bfloat16 matrix units and so many threads."""
+    monkeypatch.setattr(room, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+
+
+@pytest.mark.usefixtures("units")
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("rows", [0, 1, 2, 16, 17, 39, 40, 50, 99, 100, 200])
+def test_any_number_of_rows_is_multiplied_like_any_other(rows: int, biased: bool) -> None:
+    """Fifty columns: one row, a few, and what two threads would run on one of them."""
+    x, weight = normal(rows, 24, dtype=torch.bfloat16), normal(50, 24, seed=1, dtype=torch.bfloat16)
+    bias = normal(50, seed=2, dtype=torch.bfloat16) if biased else None
+    found = linear(x, weight, bias)
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert found.dtype == torch.bfloat16
+    assert found.is_contiguous()
+    torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2**-5)
+    torch.testing.assert_close(linear(x[None, :, None], weight, bias), found[None, :, None])
+    turned = linear(x, normal(24, 50, seed=1, dtype=torch.bfloat16).t())
+    assert turned.shape == found.shape
+
+
+@pytest.mark.usefixtures("units")
+def test_a_gradient_is_there_when_it_is_wanted() -> None:
+    x = normal(3, 8, dtype=torch.bfloat16).requires_grad_()
+    layer = Linear(8, 5, dtype=torch.bfloat16)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+
+
+def test_layers_keep_their_kind_when_adapters_come_and_go() -> None:
+    model = nn.Sequential(nn.Linear(8, 6), Linear(6, 5))
+    inject_lora(model, rank=2, alpha=4)
+    merge_adapters(model)
+    assert [type(layer) for layer in model] == [nn.Linear, Linear]
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    rows=st.integers(64, 150), size=st.integers(64, 150), rank=st.integers(1, 9), exponent=st.integers(-20, 20),
+)  # fmt: skip
+def test_products_of_bfloat16_with_float32_factors_keep_sixteen_bits(
+    rows: int, size: int, rank: int, exponent: int
+) -> None:
+    wide = normal(rows, size, dtype=torch.bfloat16)
+    narrow = normal(size, rank, seed=1, dtype=torch.float32) * 2.0**exponent
+    other = normal(rank, rows, seed=2, dtype=torch.float32) * 2.0**exponent
+    for first, second in ((wide, narrow), (wide.t(), other.t()), (other, wide), (narrow.t(), wide.t())):
+        exact = first.double() @ second.double()
+        terms = first.double().abs() @ second.double().abs()  # what the rounding of the sums goes by
+        found = product(first, second)
+        assert found.dtype == torch.float32
+        assert ((found - exact).abs() <= 2**-14 * exact.abs() + 2**-15 * terms).all()
+    left, target = normal(rows, rank, seed=3, dtype=torch.float32), normal(rows, size, seed=4, dtype=torch.bfloat16)
+    right = normal(rank, size, seed=5, dtype=torch.float32)
+    exact = target.double() + left.double() @ right.double()
+    terms = left.double().abs() @ right.double().abs()
+    found = add_product(target.clone(), left, right)
+    assert found.dtype == torch.bfloat16
+    assert ((found.double() - exact).abs() <= 0.51 * 2**-7 * exact.abs() + 2**-14 * terms).all()
