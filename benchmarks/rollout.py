@@ -145,7 +145,7 @@ def vllm_generate(folder: str, dtype: str, new: int, memory: float) -> Work:
     return work
 
 
-def bandwidth(device: torch.device, size: int = 2**28, tries: int = 5) -> float:
+def bandwidth(device: torch.device, size: int = 2**28, tries: int = 20) -> float:
     """Bytes read per second by a sum over float32 numbers that no cache holds."""
     numbers = torch.ones(size, device=device)
     best = float("inf")

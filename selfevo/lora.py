@@ -181,7 +181,7 @@ def _inject(model: nn.Module, names: list[str], rank: int, alpha: float, dropout
         base = model.get_submodule(name)
         if _is_head(name):
             raise ValueError(f"{name} is the output head, whose weight is read directly: it cannot be adapted")
-        if type(base) not in (nn.Linear, Linear):
+        if not isinstance(base, nn.Linear) or type(base) not in (nn.Linear, Linear):
             raise ValueError(f"{name} is a {type(base).__name__}, not a plain nn.Linear: it cannot be adapted")
         replacements[base] = LoRALinear(base, rank, alpha, dropout, generator=generator)
     _swap(model, replacements)
