@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from selfevo.significance import bootstrap_interval, compare, pearson
 
 finite = st.floats(-100, 100, allow_subnormal=False)
+graded = st.integers(-1600, 1600).map(lambda n: n / 16)  # their sums are exact, so ties are ties
 
 
 def test_the_interval_of_many_independent_values_is_the_normal_one() -> None:
@@ -49,14 +50,14 @@ def test_an_interval_lies_within_the_values_and_repeats(values: list[float], see
 
 
 @settings(deadline=None, max_examples=50)
-@given(pairs=st.lists(st.tuples(finite, finite), min_size=1, max_size=8))
+@given(pairs=st.lists(st.tuples(graded, graded), min_size=1, max_size=8))
 def test_few_pairs_are_tested_exactly(pairs: list[tuple[float, float]]) -> None:
     differences = [b - a for a, b in pairs]
     totals = [
-        abs(math.fsum(s * d for s, d in zip(signs, differences)))
+        abs(sum(s * d for s, d in zip(signs, differences)))
         for signs in itertools.product((1, -1), repeat=len(differences))
     ]
-    expected = np.mean([t >= totals[0] - 1e-9 for t in totals])
+    expected = np.mean([t >= totals[0] for t in totals])
     result = compare([a for a, _ in pairs], [b for _, b in pairs])
     assert result.p_value == pytest.approx(expected)
     assert result.difference == pytest.approx(math.fsum(differences) / len(differences), abs=1e-9)
