@@ -49,6 +49,8 @@ class LoRALinear(nn.Linear):
     dtype once. Dropout acts on the input of the trainable adapter only, and only in training mode.
     """
 
+    prepared: tuple[Tensor, Tensor] | None = None  # (I, R + r) and (R + r, O), used instead; see selfevo.folding
+
     def __init__(
         self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, *, generator: torch.Generator
     ) -> None:
@@ -94,6 +96,10 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
+        if self.prepared is not None:
+            a, b = self.prepared
+            rows = x.reshape(-1, self.in_features)
+            return linear(rows, self.weight, self.bias).addmm_(rows @ a, b).view(*x.shape[:-1], self.out_features)
         if not (self.adapter_enabled or len(self.frozen_A)):
             return linear(x, self.weight, self.bias)
         # Beside a frozen stack a disabled adapter is one of zeros, of the same shape: policy and reference then agree

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as processors
 
-from selfevo import caches
+from selfevo import caches, folding
 from selfevo import generate as generate_room
 from selfevo import sampling as sampling_room
 from selfevo.caches import SlotCache
 from selfevo.folding import folded_adapters
 from selfevo.generate import Sampling, generate
 from selfevo.lora import LoRALinear, disable_adapters, freeze_adapter, inject_lora, lora_parameters
-from selfevo.models import load_model
+from selfevo.models import Transformer, load_model
 from selfevo.models.attention import SharedPrefixes, Trunk, attend, attend_shared
 from selfevo.sampling import candidates, draw, largest, penalise, uniform_noise
 from selfevo.scoring import response_logps
@@ -325,35 +326,59 @@ def test_the_papers_decoding_settings_are_the_defaults() -> None:
 # Adapters and the head in a rollout
 
 
-@pytest.mark.parametrize("enabled", [True, False])
-def test_folded_adapters_act_as_the_layers_do_and_leave_them_as_they_were(enabled: bool) -> None:
+def stacked_model() -> Transformer:
+    """Two frozen adapters and a trainable one, all of them felt."""
     model = tiny_model()
     inject_lora(model, rank=2, alpha=4, seed=1)
+    torch.manual_seed(5)
     for _ in range(2):
         for parameter in lora_parameters(model):
             torch.nn.init.normal_(parameter, std=0.2)
         freeze_adapter(model, seed=3)
     for parameter in lora_parameters(model):
         torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("room", [2**20, 0])
+def test_folded_adapters_act_as_the_layers_do_and_leave_them_as_they_were(
+    enabled: bool, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without room for the copies they stay apart, in the dtype of the weights."""
+    monkeypatch.setattr(folding, "MAX_BYTES", room)
+    model = stacked_model()
     tokens = torch.tensor([[1, 5, 9, 2]])
     switch = contextlib.nullcontext() if enabled else disable_adapters(model)
     with torch.no_grad(), switch:
         expected, before = model(tokens), {name: t.clone() for name, t in model.state_dict().items()}
         with folded_adapters(model) as folded:
-            assert folded
-            assert not any(
-                m.frozen_A.shape[0] or m.adapter_enabled for m in model.modules() if isinstance(m, LoRALinear)
-            )
+            assert folded == bool(room)
+            layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+            assert all((layer.prepared is None) == folded for layer in layers)
+            assert not (folded and any(layer.frozen_A.shape[0] or layer.adapter_enabled for layer in layers))
             torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(model(tokens), expected)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_bfloat16_model_keeps_its_adapters_apart() -> None:
-    model = tiny_model().to(torch.bfloat16)
-    inject_lora(model, rank=2, alpha=4, seed=1)
-    with folded_adapters(model) as folded:
-        assert not folded
+def test_bfloat16_adapters_stay_apart_and_are_as_exact_as_float32_ones() -> None:
+    """Against float32 from the same rounded weights: what errs is the layers' own rounding."""
+    exact, tokens = stacked_model(), torch.randint(0, 60, (4, 40), generator=torch.Generator().manual_seed(0))
+    model = copy.deepcopy(exact)
+    for layer, wide in zip(model.modules(), exact.modules()):
+        for name, parameter in layer.named_parameters(recurse=False):
+            if not name.startswith("lora_"):
+                parameter.data = parameter.data.bfloat16()
+                getattr(wide, name).data = parameter.data.float()
+    with torch.no_grad():
+        truth, apart = exact(tokens), model(tokens).float()
+        with folded_adapters(model) as folded:
+            assert not folded
+            prepared = model(tokens).float()
+    assert not torch.equal(prepared, apart)
+    assert (prepared - truth).norm() <= 1.2 * (apart - truth).norm()
+    assert (prepared - truth).norm() <= 0.03 * truth.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
