@@ -63,14 +63,21 @@ def selfevo_decoder(folder: str, dtype: str, new: int, batch: int, adapters: boo
     if adapters:
         inject_lora(model, RANK, ALPHA)
     timers, prefilled = Timers(), [0]
-    prefill, extend = room._Decoder._prefill, caches.PrefillCache.extend
+    slots = {"busy": 0, "slots": 0}  # summed over the decode steps of which prompts were waiting
+    prefill, decode, extend = room._Decoder._prefill, room._Decoder._decode, caches.PrefillCache.extend
 
     def counted(self: Any, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Any:
         prefilled[0] += keys.shape[2] if layer == 0 else 0
         return extend(self, layer, keys, values)
 
+    def watched(self: Any) -> torch.Tensor:
+        if self.packs or self.ready:
+            slots["busy"] += len(self.running)
+            slots["slots"] += len(self.keys)
+        return decode(self)
+
     room._Decoder._prefill = timers.around("prefill", prefill)  # type: ignore[method-assign]
-    room._Decoder._decode = timers.around("decode", room._Decoder._decode)  # type: ignore[method-assign]
+    room._Decoder._decode = timers.around("decode", watched)  # type: ignore[method-assign]
     room._Decoder._accept = timers.around("head and sampling", room._Decoder._accept)  # type: ignore[method-assign]
     room.Sampling.choose = timers.around("sampling", room.Sampling.choose)  # type: ignore[method-assign]
     caches.PrefillCache.extend = counted  # type: ignore[method-assign]
@@ -78,10 +85,11 @@ def selfevo_decoder(folder: str, dtype: str, new: int, batch: int, adapters: boo
     def work(job: Job) -> dict[str, float]:
         timers.seconds.clear()
         prefilled[0] = 0
+        slots.update(busy=0, slots=0)
         replies = generate(model, job, max_new_tokens=new, batch_size=batch, **vars(SAMPLING))
         assert all(len(reply) == new for reply in replies)
         distinct = len(build_trie(job))
-        return {"replies": len(job), "computed": prefilled[0] / distinct, **timers.seconds}
+        return {"replies": len(job), "computed": prefilled[0] / distinct, **slots, **timers.seconds}
 
     return work
 
@@ -229,6 +237,9 @@ def main() -> None:
         f"our time: prefill {parts['prefill'] / total:.0%}, decode steps {step / total:.0%}; sampling "
         f"{parts['sampling'] / step:.1%} of the decode steps"
     )
+    busy, slots = (sum(r.counts[part] for r in ours) for part in ("busy", "slots"))
+    if slots:
+        print(f"slots busy while prompts wait: {busy / slots:.1%}")
     per_step = (one.counts["decode"] + one.counts["head and sampling"]) / options.new
     rate, least = weight_bytes(options.shape, options.dtype) / per_step, bandwidth(device_and_dtype(options.dtype)[0])
     print(
