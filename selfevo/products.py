@@ -34,8 +34,8 @@ def has_matrix_units() -> bool:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``F.linear``: (..., I), (O, I), (O,) -> (..., O)."""
-    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if wanted or not (_narrow(x) and _narrow(weight) and has_matrix_units()):
+    wanted = any(tensor is not None and tensor.requires_grad for tensor in (x, weight, bias))
+    if (wanted and torch.is_grad_enabled()) or not (_narrow(x) and _narrow(weight) and has_matrix_units()):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     return _linear(rows, weight, bias).view(*x.shape[:-1], len(weight))

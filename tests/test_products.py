@@ -43,12 +43,14 @@ def test_any_number_of_rows_is_multiplied_like_any_other(rows: int, biased: bool
 
 
 @pytest.mark.usefixtures("units")
-def test_a_gradient_is_there_when_it_is_wanted() -> None:
-    x = normal(3, 8, dtype=torch.bfloat16).requires_grad_()
-    layer = Linear(8, 5, dtype=torch.bfloat16)
-    layer(x).sum().backward()
-    assert x.grad is not None
-    assert layer.weight.grad is not None
+@pytest.mark.parametrize("wanted", [0, 1, 2])
+@pytest.mark.parametrize("rows", [1, 3, 50])
+def test_a_gradient_is_there_when_it_is_wanted(rows: int, wanted: int) -> None:
+    inputs = [normal(*shape, dtype=torch.bfloat16) for shape in ((rows, 8), (50, 8), (50,))]
+    inputs[wanted].requires_grad_()
+    linear(*inputs).sum().backward()
+    (gradient,) = torch.autograd.grad(F.linear(*inputs).sum(), inputs[wanted])
+    assert torch.equal(inputs[wanted].grad, gradient)
 
 
 def test_layers_keep_their_kind_when_adapters_come_and_go() -> None:

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from selfevo.models.tree_attention import attend_tree
+from selfevo.models.tree_attention import attend_tree, fused
 from selfevo.trie import TreeMask
 
 
@@ -81,13 +80,11 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | TreeMas
     """Attention (B, H, T, E) of queries to the keys and values (B, K, S, E) that the mask allows."""
     if isinstance(mask, TreeMask):
         return attend_tree(queries, keys, values, mask)
-    heads, groups, length = queries.shape[1], keys.shape[1], queries.shape[2]
-    if length == 1 and heads != groups and mask is not None:
+    heads, groups = queries.shape[1], keys.shape[1]
+    if queries.shape[2] == 1 and heads != groups and mask is not None:
         # one token a row: the heads that share keys become queries of one head, which reads its keys once
         return attend(queries.unflatten(1, (groups, -1)).squeeze(3), keys, values, mask).view_as(queries)
-    return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=mask is None and length > 1, enable_gqa=heads != groups
-    )
+    return fused(queries, keys, values, mask)
 
 
 def attend_shared(queries: Tensor, keys: Tensor, values: Tensor, mask: SharedPrefixes, layer: int) -> Tensor:

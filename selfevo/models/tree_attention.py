@@ -17,10 +17,16 @@ from selfevo.trie import Block, TreeMask
 
 _ROW_BYTES = 256  # so many of one column of a block: 64 rows in float32, whose scores a processor's cache holds
 
+# Nodes up to which an accelerator is given one dense mask, as many small calls would wait for their launches. Reckoned,
+# not measured.
+_DENSE_ROW = 1024
+
 
 def attend_tree(queries: Tensor, keys: Tensor, values: Tensor, mask: TreeMask) -> Tensor:
     """Attention (1, H, N, E) of nodes to the keys and values (1, K, N, E) of their ancestors and their own."""
     if queries.device.type != "cpu":
+        if len(mask.trie) <= _DENSE_ROW:
+            return fused(queries, keys, values, mask.dense)
         return _by_stretches(queries, keys, values, mask)
     mixed: Tensor = _TreeAttention.apply(queries, keys, values, mask)
     return mixed
@@ -34,14 +40,16 @@ def _by_stretches(queries: Tensor, keys: Tensor, values: Tensor, mask: TreeMask)
     mixed = []
     for own, stretch, seen in zip(each, mask.stretches, attended):
         own_keys, own_values = (torch.cat([pieces[n] for n in seen], dim=2) for pieces in (key_pieces, value_pieces))
-        causal = stretch.mask is None and own.shape[2] > 1
-        mixed.append(
-            F.scaled_dot_product_attention(
-                own, own_keys, own_values, attn_mask=stretch.mask, is_causal=causal,
-                enable_gqa=own.shape[1] != own_keys.shape[1],
-            )
-        )  # fmt: skip
+        mixed.append(fused(own, own_keys, own_values, stretch.mask))
     return torch.cat(mixed, dim=2)
+
+
+def fused(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """PyTorch's kernel: queries (B, H, T, E), keys and values (B, K, S, E), a boolean mask or None for causal."""
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, is_causal=mask is None and queries.shape[2] > 1,
+        enable_gqa=queries.shape[1] != keys.shape[1],
+    )  # fmt: skip
 
 
 class _TreeAttention(torch.autograd.Function):
