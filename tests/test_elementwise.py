@@ -77,6 +77,17 @@ def test_rounding_is_that_of_the_formula(name: str, dtype: torch.dtype, rows: in
         torch.testing.assert_close(value.double(), truth, rtol=8 * torch.finfo(dtype).eps, atol=bound + 1e-30)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["norm", "rotation"])
+def test_a_rollout_rounds_as_scoring_does(name: str, dtype: torch.dtype) -> None:
+    ours, _, inputs = steps(dtype, 5, 96)[name]
+    expected = ours(*inputs)
+    with torch.no_grad():
+        assert torch.equal(ours(*inputs), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(*inputs), expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
 def test_the_gate_is_overwritten_only_where_no_gradient_is_wanted() -> None:
     gate, up = normal(3, 4), normal(3, 4, seed=1)
     before = gate.clone()
