@@ -19,7 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The division is in float32 and its result rounded to the dtype of x before the weight, as checkpoints were trained.
     """
-    if torch.is_inference_mode_enabled():  # a single row waits for calls; scoring rounds alike with gradients and without
+    if torch.is_inference_mode_enabled():  # one row waits for calls; scoring is to round alike in both modes
         return weight * F.rms_norm(_wide(x), x.shape[-1:], None, eps).to(x.dtype)
     result: Tensor = _RMSNorm.apply(x, weight, eps)
     return result
