@@ -96,3 +96,14 @@ def test_no_gradient_is_wanted_and_none_is_prepared() -> None:
         found = attend_tree(*x, TreeMask(trie, torch.device("cpu")))
     assert not found.requires_grad
     torch.testing.assert_close(found, dense(*x, trie.mask().dense).detach())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_accelerator_is_given_no_mask_beside_shared_keys(masked: bool) -> None:
+    """On the meta device, which computes shapes alone: the fused kernels there take a mask or shared keys, not both."""
+    queries, keys = (torch.empty(1, heads, 5, 8, device="meta") for heads in (6, 2))
+    mask = torch.ones(5, 5, dtype=torch.bool, device="meta") if masked else None
+    with mock.patch.object(room.F, "scaled_dot_product_attention", wraps=room.F.scaled_dot_product_attention) as kernel:
+        assert room.fused(queries, keys, keys, mask).shape == queries.shape
+    assert kernel.call_args.args[1].shape[1] == (6 if masked else 2)
+    assert kernel.call_args.kwargs["enable_gqa"] is not masked

@@ -46,10 +46,14 @@ def _by_stretches(queries: Tensor, keys: Tensor, values: Tensor, mask: TreeMask)
 
 def fused(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's kernel: queries (B, H, T, E), keys and values (B, K, S, E), a boolean mask or None for causal."""
+    each = queries.shape[1] // keys.shape[1]
+    if each > 1 and mask is not None and queries.device.type != "cpu":
+        # Given a mask and shared keys both, PyTorch falls back to a kernel that holds all scores.
+        keys, values = (x.repeat_interleave(each, dim=1) for x in (keys, values))
+        each = 1
     return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, is_causal=mask is None and queries.shape[2] > 1,
-        enable_gqa=queries.shape[1] != keys.shape[1],
-    )  # fmt: skip
+        queries, keys, values, attn_mask=mask, is_causal=mask is None and queries.shape[2] > 1, enable_gqa=each > 1
+    )
 
 
 class _TreeAttention(torch.autograd.Function):
