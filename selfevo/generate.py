@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,12 +17,11 @@ from selfevo.caches import PrefillCache, Prompt, row_cache
 from selfevo.folding import folded_adapters
 from selfevo.graphs import step_graphs
 from selfevo.models.transformer import Transformer
-from selfevo.products import has_matrix_units
+from selfevo.products import head_logits
 from selfevo.sampling import candidates, draw, penalise, uniform_noise
 from selfevo.trie import Ids, as_ids, build_trie, pack
 
 MAX_PREFILL_TOKENS = 4096  # distinct prompt tokens of one prefill pass
-HEAD_PART, FEW_ROWS = 2048, 64  # rows of the head in one product and few hidden states, see head_logits
 
 
 @dataclass(frozen=True)
@@ -240,30 +238,6 @@ class _Decoder:
         last = hidden[torch.tensor([path[-1] for path in trie.paths], device=device)]
         self.ready += zip(members, self.cache.prompts(prefill, trie), last)
         return True
-
-
-def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Hidden states (R, D), head (V, D) -> logits (R, V) float32, written to the first rows of ``out``.
-
-    On a processor the head comes in parts that the cache holds, as the left side of the product where that is faster:
-    in float32, where threads would have nothing to share with few rows on that side, and with few rows where there are
-    bfloat16 units. A single row is read at a third of the memory's rate there, so it goes twice; with these units, it
-    is best read by the product with a vector.
-    """
-    rows, logits = len(hidden), out[: len(hidden)]
-    if hidden.device.type != "cpu":
-        return logits.copy_(F.linear(hidden, weight))
-    units, narrow = has_matrix_units(), hidden.dtype != torch.float32
-    if units and rows == 1:
-        return logits.copy_(torch.mv(weight, hidden[0]))
-    right = rows > FEW_ROWS or not units if narrow else rows < 4 and units
-    columns = (hidden if rows > 1 else hidden.repeat(2, 1)).t()  # a view: laid out anew it takes five times as long
-    size = HEAD_PART * (8 if narrow and units else 1)
-    for start in range(0, len(weight), size):
-        part = slice(start, start + size)
-        own = weight[part]
-        logits[:, part] = F.linear(hidden, own) if right else torch.mm(own, columns).t()[:rows]
-    return logits
 
 
 def _check(

@@ -1,6 +1,7 @@
-"""Matrix products in the forms that a processor runs fastest. Elsewhere, and in float32, they are PyTorch's own.
+"""Matrix products in the forms that a processor runs fastest. Elsewhere they are PyTorch's own.
 
-Notation: N rows, I and O input and output size, r a rank. Times are of two threads of an Intel Xeon with AMX.
+Notation: N rows, I and O input and output size, r a rank; of the output head R rows, D hidden size, V vocabulary. What
+is said of times is of two threads of an Intel Xeon with AMX.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 _WIDENED = 64  # rows; so few are widened faster than a float32 factor is split
 _FROM_THE_RIGHT = 16  # rows; with so few, a product waits for its weights
+HEAD_PART, HEAD_ROWS = 2048, 64  # rows of the head in one product and few hidden states, see head_logits
 
 
 class Linear(nn.Linear):
@@ -62,6 +64,30 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return result
 
 
+def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Hidden states (R, D), head (V, D) -> logits (R, V) float32, written to the first rows of ``out``.
+
+    On a processor the head comes in parts that the cache holds, as the left side of the product where that is faster:
+    in float32, where threads would have nothing to share with few rows on that side, and with few rows where there are
+    bfloat16 units. A single row is read at a third of the memory's rate there, so it goes twice; with these units, it
+    is best read by the product with a vector.
+    """
+    rows, logits = len(hidden), out[: len(hidden)]
+    if hidden.device.type != "cpu":
+        return logits.copy_(F.linear(hidden, weight))
+    units, narrow = has_matrix_units(), hidden.dtype != torch.float32
+    if units and rows == 1:
+        return logits.copy_(torch.mv(weight, hidden[0]))
+    right = rows > HEAD_ROWS or not units if narrow else rows < 4 and units
+    columns = (hidden if rows > 1 else hidden.repeat(2, 1)).t()  # a view: laid out anew it takes five times as long
+    size = HEAD_PART * (8 if narrow and units else 1)
+    for start in range(0, len(weight), size):
+        part = slice(start, start + size)
+        own = weight[part]
+        logits[:, part] = F.linear(hidden, own) if right else torch.mm(own, columns).t()[:rows]
+    return logits
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right``, of which one factor is wide and may be of 16 bits, and the other a narrow one of rank r, whose
     dtype the result has: what takes time is to read the wide one.
@@ -72,7 +98,8 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """
     if left.dtype == right.dtype:
         return left @ right
-    side = 1 if right.dtype == torch.float32 else 0  # of the narrow factor, and the dimension its parts are put along
+    # of the narrow factor, and the dimension its parts are put along
+    side = int(right.dtype == torch.promote_types(left.dtype, right.dtype))
     wide, narrow = (left, right) if side else (right, left)
     if not _narrow(wide) or min(wide.shape) < _WIDENED:
         return left.to(narrow.dtype) @ right.to(narrow.dtype)

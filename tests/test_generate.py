@@ -382,18 +382,6 @@ def test_bfloat16_adapters_stay_apart_and_are_as_exact_as_float32_ones() -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_in_parts_is_the_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate_room, "HEAD_PART", 7)
-    hidden, weight = torch.randn(3, 5, dtype=dtype), torch.randn(23, 5, dtype=dtype)
-    out = torch.empty(4, 23)
-    for units in (False, True):
-        monkeypatch.setattr(generate_room, "has_matrix_units", lambda units=units: units)
-        for rows in (1, 2, 3):
-            found = generate_room.head_logits(hidden[:rows], weight, out)
-            torch.testing.assert_close(found, (hidden[:rows] @ weight.t()).float())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shared_keys_attend_like_repeated_ones(dtype: torch.dtype) -> None:
     """One token or several, a mask or none, against attention over keys repeated for every head, in float64."""
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from torch import nn
 
 from selfevo import products as room
 from selfevo.lora import inject_lora, merge_adapters
-from selfevo.products import Linear, add_product, linear, product
+from selfevo.products import Linear, add_product, head_logits, linear, product
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -58,6 +58,18 @@ def test_layers_keep_their_kind_when_adapters_come_and_go() -> None:
     inject_lora(model, rank=2, alpha=4)
     merge_adapters(model)
     assert [type(layer) for layer in model] == [nn.Linear, Linear]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_in_parts_is_the_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "HEAD_PART", 7)
+    hidden, weight = torch.randn(3, 5, dtype=dtype), torch.randn(23, 5, dtype=dtype)
+    out = torch.empty(4, 23)
+    for units in (False, True):
+        monkeypatch.setattr(room, "has_matrix_units", lambda units=units: units)
+        for rows in (1, 2, 3):
+            found = head_logits(hidden[:rows], weight, out)
+            torch.testing.assert_close(found, (hidden[:rows] @ weight.t()).float())
 
 
 @settings(deadline=None, max_examples=15)
