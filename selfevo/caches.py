@@ -70,7 +70,9 @@ class Prompt:
 
 def row_cache(model: Transformer, slots: int, longest: int, new: int) -> RowCache:
     """The cache for this device, with room for prompts of up to ``longest`` tokens and replies of up to ``new``."""
-    return BranchCache(model, slots, new) if model.device.type == "cpu" else SlotCache(model, slots, longest + new)
+    if model.device.type == "cpu" and slots > 1:
+        return BranchCache(model, slots, new)
+    return SlotCache(model, slots, longest + new)
 
 
 class _Slots:
@@ -112,7 +114,8 @@ class _Slots:
 
 
 class SlotCache(_Slots):
-    """Every row has a copy of its prompt, and one call attends for all. For accelerators, where calls are dear.
+    """Every row has a copy of its prompt, and one call attends for all. For accelerators, where calls are dear, and for
+    a single row.
 
     Steps come in few shapes, so that they can be captured: idle slots and unused keys fill them up.
     """
@@ -142,7 +145,7 @@ class SlotCache(_Slots):
 
 class BranchCache(_Slots):
     """Rows keep the tokens of their replies alone; relatives share the trunk of their prompts. In float32 also beside
-    bfloat16 weights, whose products would round the scores. For processors."""
+    bfloat16 weights, whose products would round the scores. For several rows on processors."""
 
     def __init__(self, model: Transformer, slots: int, new: int) -> None:
         super().__init__(model, slots, new, torch.promote_types(model.dtype, torch.float32))

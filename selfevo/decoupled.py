@@ -233,7 +233,7 @@ def draw_plans(plans: Sequence[Plan | None], sampling: Sampling) -> list[Plan | 
         return list(plans)
     keys = torch.tensor(known)
     logps = torch.tensor([found.logps for found in plans if found is not None])
-    chosen = replace(sampling, repetition_penalty=1.0).choose(logps, keys[:, None], keys, torch.zeros_like(keys))
+    chosen = replace(sampling, repetition_penalty=1.0).choose(logps.t(), keys[:, None], keys, torch.zeros_like(keys))
     drawn = dict(zip(known, chosen.tolist()))
     return [found and Plan(ESCONV_STRATEGIES[drawn[index]], found.logps) for index, found in enumerate(plans)]
 

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,7 +19,7 @@ from selfevo.folding import folded_adapters
 from selfevo.graphs import step_graphs
 from selfevo.models.transformer import Transformer
 from selfevo.products import head_logits
-from selfevo.sampling import candidates, draw, penalise, uniform_noise
+from selfevo.sampling import candidates, draw, remember, uniform_noise
 from selfevo.trie import Ids, as_ids, build_trie, pack
 
 MAX_PREFILL_TOKENS = 4096  # distinct prompt tokens of one prefill pass
@@ -45,14 +46,15 @@ class Sampling:
             raise ValueError(f"repetition_penalty must be positive: {self.repetition_penalty}")
 
     def choose(self, logits: Tensor, seen: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
-        """Logits (R, V), ids seen so far (R, L), sequence keys and step numbers (R,) -> next ids (R,)."""
-        logits = logits.float()
-        if self.repetition_penalty != 1:
-            logits = penalise(logits, seen, self.repetition_penalty)
-        if self.temperature == 0:
-            return logits.argmax(dim=1)
-        probs, ids = candidates(logits, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        return draw(probs, ids, uniform_noise(self.seed, keys, steps))
+        """Logits (V, R), overwritten, ids seen (R, L) as ``sampling`` wants them, sequence keys and step numbers (R,)
+        -> next ids (R,). Of likeliest ids that tie, greedy takes the smallest."""
+        greedy = self.temperature == 0
+        temperature, top_k, top_p = (1.0, 1, 1.0) if greedy else (self.temperature, self.top_k, self.top_p)
+        probs, ids = candidates(
+            logits, seen, penalty=self.repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        noise = uniform_noise(self.seed, keys, steps)
+        return draw(probs, ids, torch.zeros_like(noise) if greedy else noise)
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Reply:
     index: int
     key: int
     prompt: Ids
+    distinct: int = 0  # ids of the prompt
     reply: list[int] = field(default_factory=list)
 
 
@@ -136,10 +139,10 @@ class _Decoder:
         longest = max(len(sequence.prompt) for sequence in sequences)
         self.cache = row_cache(model, slots, longest, max_new_tokens)
         self.graphs = step_graphs(model.device)
-        self.logits = torch.empty(slots, model.config.vocab_size, device=model.device)
+        self.logits = torch.empty(model.config.vocab_size * slots, dtype=model.dtype, device=model.device)
         self.seen = torch.zeros(slots, longest + max_new_tokens, dtype=torch.int64, device=model.device)
         self.keys = torch.zeros(slots, dtype=torch.int64, device=model.device)
-        self.lengths = torch.zeros(slots, dtype=torch.int64, device=model.device)  # of prompt and reply
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=model.device)  # of what was seen
         self.steps = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self.last = torch.zeros(slots, dtype=torch.int64, device=model.device)
         packs = pack([[sequence.prompt] for sequence in sequences], MAX_PREFILL_TOKENS)
@@ -177,12 +180,12 @@ class _Decoder:
     def _accept(self, rows: slice, hidden: Tensor) -> None:
         """Chooses the next token of some rows and appends it to their replies."""
         sequences, lengths = self.running[rows], self.lengths[rows]
-        seen = self.seen[rows, : max(len(sequence.prompt) + len(sequence.reply) for sequence in sequences)]
+        seen = self.seen[rows, : max(sequence.distinct + len(sequence.reply) for sequence in sequences)]
         logits = head_logits(hidden, self.model.lm_head.weight, self.logits)
         tokens = self.sampling.choose(logits, seen, self.keys[rows], self.steps[rows])
         self.last[rows] = tokens
         self.steps[rows] += 1
-        self.seen[rows].scatter_(1, lengths[:, None], tokens[:, None])
+        remember(self.seen[rows], lengths, tokens)
         self.lengths[rows] += 1
         for sequence, token in zip(sequences, tokens.tolist()):
             sequence.reply.append(token)
@@ -214,11 +217,12 @@ class _Decoder:
         states = []
         while len(self.running) < len(self.keys) and (self.ready or self._prefill()):
             sequence, branch, hidden = self.ready.popleft()
-            slot, prompt = len(self.running), torch.from_numpy(sequence.prompt)
+            slot, distinct = len(self.running), torch.from_numpy(np.unique(sequence.prompt))
+            sequence.distinct = len(distinct)
             self.cache.enter(slot, branch)
-            self.seen[slot] = int(prompt[0])  # the room for new tokens repeats a token that was seen anyway
-            self.seen[slot, : len(prompt)] = prompt
-            self.keys[slot], self.lengths[slot], self.steps[slot] = sequence.key, len(prompt), 0
+            self.seen[slot] = int(distinct[0])
+            self.seen[slot, : len(distinct)] = distinct
+            self.keys[slot], self.lengths[slot], self.steps[slot] = sequence.key, len(distinct), 0
             self.running.append(sequence)
             states.append(hidden)
         if states:

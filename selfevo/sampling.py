@@ -1,6 +1,8 @@
 """The steps from logits to a token, in the order and meaning of transformers: penalty, temperature, top-k, top-p, draw.
 
-Notation: R rows, V vocabulary, L ids already seen, C candidates.
+Notation: R rows, V vocabulary, L ids already seen, C candidates. Logits are (V, R), a column for each row, as the
+product of the head with hidden states is written fastest. Ids seen are (R, L), each once; where a row has fewer, it
+repeats its first.
 """
 
 from __future__ import annotations
@@ -10,31 +12,33 @@ from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _TIES = 16  # scores beyond the k-th that are looked at in case they tie with it
-_BLOCK, _LANES = 128, 8  # scores of which the maximum is taken first, see largest
+_LANES = 8  # scores of which the maximum is taken first, see largest
 
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Repetition penalty (Keskar et al. 2019), in place: logits (R, V), seen (R, L) ids of prompt and reply.
+def remember(seen: Tensor, places: Tensor, tokens: Tensor) -> None:
+    """Writes tokens (R,) to their places (R,) among the ids seen (R, L), in place."""
+    known = (seen == tokens[:, None]).any(dim=1)
+    seen.scatter_(1, places[:, None], torch.where(known, seen[:, 0], tokens)[:, None])
 
-    Positive scores are divided, negative ones multiplied, once per distinct token: repeats in ``seen`` write one value.
+
+def candidates(
+    logits: Tensor, seen: Tensor | None = None, *, penalty: float = 1.0, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor]:
+    """Logits (V, R), ids seen (R, L) -> probabilities and ids (R, C) of what may be drawn; the rest has probability 0.
+
+    The repetition penalty (Keskar et al. 2019) divides positive scores of ids seen and multiplies negative ones, in
+    float32; their places in ``logits`` are overwritten. Top-k keeps everything that ties with the k-th score. Top-p
+    keeps the smallest set, likeliest first, whose mass reaches p. Penalty 1, ``top_k`` 0 and ``top_p`` 1 switch a step
+    off. The vocabulary is sorted only without a top-k.
     """
-    scores = logits.gather(1, seen)
-    return logits.scatter_(1, seen, torch.where(scores < 0, scores * penalty, scores / penalty))
-
-
-def candidates(logits: Tensor, *, temperature: float, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
-    """Logits (R, V) -> probabilities and ids (R, C) of what may be drawn; what is filtered out has probability 0.
-
-    Top-k keeps everything that ties with the k-th score. Top-p keeps the smallest set, likeliest first, whose mass
-    reaches p. ``top_k`` 0 and ``top_p`` 1 switch the filters off. The vocabulary is sorted only without a top-k.
-    """
-    vocab = logits.shape[1]
+    vocab = len(logits)
     k = min(top_k, vocab) if top_k else vocab
+    aside = None if seen is None or penalty == 1 else (_set_aside(logits, seen, penalty), seen)
     width = min(k + _TIES, vocab)
-    scores, ids = largest(logits, width)
+    scores, ids = _likeliest(logits, aside, width)
     while width < vocab and bool((scores[:, k - 1] == scores[:, -1]).any()):  # a tie that may go on; common in bfloat16
         width = min(2 * width, vocab)
-        scores, ids = largest(logits, width)
+        scores, ids = _likeliest(logits, aside, width)
     scores = scores.masked_fill(scores < scores[:, k - 1 : k], float("-inf"))
     probs = (scores / temperature).softmax(dim=1)
     if top_p < 1:
@@ -45,38 +49,55 @@ def candidates(logits: Tensor, *, temperature: float, top_k: int, top_p: float) 
     return probs, ids
 
 
+def _set_aside(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Takes the scores of ids seen out of the logits: (R, L), with the penalty, which their dtype may not hold."""
+    places = seen * logits.shape[1] + torch.arange(logits.shape[1], device=seen.device)[:, None]
+    scores = _wide(logits.view(-1)[places])
+    logits.view(-1)[places] = -torch.inf  # on a processor, scatter_ is slow in bfloat16
+    scores = torch.where(scores < 0, scores * penalty, scores / penalty)
+    scores[:, 1:].masked_fill_(seen[:, 1:] == seen[:, :1], -torch.inf)
+    return scores
+
+
+def _likeliest(logits: Tensor, aside: tuple[Tensor, Tensor] | None, width: int) -> tuple[Tensor, Tensor]:
+    """The ``width`` largest scores of each row and their ids, (R, width), of logits and of what was set aside."""
+    scores, ids = largest(logits, width)
+    if aside is None:
+        return scores, ids
+    scores, order = torch.cat((scores, aside[0]), dim=1).topk(width)
+    return scores, torch.cat((ids, aside[1]), dim=1).gather(1, order)
+
+
 def largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The ``width`` largest of each row and their places, in falling order: (R, V) -> (R, width) twice.
+    """The ``width`` largest of each column and their places, in falling order: (V, R) -> (R, width) twice.
 
-    They lie in the ``width`` blocks of neighbours whose maxima are largest, and a maximum costs far less than a search:
-    the other blocks are not looked at.
+    They lie in the ``width`` sets of eight scores whose maxima are largest, and a maximum costs far less than a search:
+    the other sets are not looked at. The maxima are searched in the same way.
     """
-    count = scores.shape[1] // _BLOCK
+    count = len(scores) // _LANES
     if count < 4 * width:
-        return scores.topk(width)
-    blocks = scores[:, : count * _BLOCK].unflatten(1, (count, _BLOCK))
-    chosen = blocks.amax(2).topk(width, sorted=False).indices
-    rows = torch.arange(len(scores), device=scores.device)[:, None]
-    near, rest = blocks[rows, chosen].flatten(1), scores[:, count * _BLOCK :]
-    if rest.shape[1]:
-        near = torch.cat((near, rest), dim=1)
-    found, places = _largest_of_few(near, width)
-    block = places // _BLOCK  # those after the last are of the rest
-    ids = chosen.gather(1, block.clamp(max=width - 1)) * _BLOCK + places % _BLOCK
-    return found, torch.where(block < width, ids, places + (count - width) * _BLOCK)
-
-
-def _largest_of_few(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """The same once more, the members of a block ``count`` places apart: maxima of few neighbours are slow."""
-    count = scores.shape[1] // _LANES
-    if count < 4 * width:
-        return scores.topk(width)
-    chosen = scores[:, : count * _LANES].unflatten(1, (_LANES, count)).amax(1).topk(width, sorted=False).indices
+        return _wide(scores.t().contiguous()).topk(width)
+    sets = scores[: count * _LANES].view(_LANES, count, -1)
+    maxima, chosen = largest(_quick_maxima(sets), width)
+    if bool((maxima[:, -1] < 0).any()):
+        _, chosen = largest(sets.amax(0), width)
     lanes = count * torch.arange(_LANES, device=scores.device)
-    rest = torch.arange(count * _LANES, scores.shape[1], device=scores.device).expand(len(scores), -1)
+    rest = torch.arange(count * _LANES, len(scores), device=scores.device).expand(len(chosen), -1)
     places = torch.cat(((chosen[:, None] + lanes[:, None]).flatten(1), rest), dim=1)
-    found, order = scores.gather(1, places).topk(width)
+    found, order = _wide(scores.t().gather(1, places)).topk(width)
     return found, places.gather(1, order)
+
+
+def _quick_maxima(sets: Tensor) -> Tensor:
+    """Maxima over the first dimension. Of sets without a positive number, in bfloat16, some negative number: the bits
+    of positive numbers are ordered as these are, and a processor compares integers five times as fast."""
+    if sets.dtype == torch.bfloat16 and sets.device.type == "cpu":
+        return sets.view(torch.int16).amax(0).view(sets.dtype)
+    return sets.amax(0)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def draw(probs: Tensor, ids: Tensor, noise: Tensor) -> Tensor:

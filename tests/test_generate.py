@@ -7,7 +7,6 @@ import copy
 import json
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -20,14 +19,13 @@ from transformers.generation import logits_process as processors
 
 from selfevo import caches, folding
 from selfevo import generate as generate_room
-from selfevo import sampling as sampling_room
 from selfevo.caches import SlotCache
 from selfevo.folding import folded_adapters
 from selfevo.generate import Sampling, generate
 from selfevo.lora import LoRALinear, disable_adapters, freeze_adapter, inject_lora, lora_parameters
 from selfevo.models import Transformer, load_model
 from selfevo.models.attention import SharedPrefixes, Trunk, attend, attend_shared
-from selfevo.sampling import candidates, draw, largest, penalise, uniform_noise
+from selfevo.sampling import candidates, draw, largest, remember, uniform_noise
 from selfevo.scoring import response_logps
 from selfevo.trie import build_trie
 
@@ -99,19 +97,23 @@ def test_the_sampling_distribution_equals_that_of_transformers(
     chain += [processors.TopPLogitsWarper(top_p)] if top_p < 1 and not ties else []
     for processor in chain:
         expected = processor(seen, expected)
-    scores = penalise(logits.clone(), seen, penalty) if penalty != 1 else logits
-    probs, ids = candidates(scores, temperature=temperature, top_k=top_k, top_p=1.0 if ties else top_p)
-    dense = torch.zeros(3, 40).scatter(1, ids, probs)
+    noted = seen[:, :1].repeat(1, 12)
+    for place in range(1, 12):
+        remember(noted, torch.full((3,), place), seen[:, place])
+    chosen = {"temperature": temperature, "top_k": top_k, "top_p": 1.0 if ties else top_p}
+    probs, ids = candidates(logits.t().contiguous(), noted, penalty=penalty, **chosen)
+    dense = torch.zeros(3, 40).scatter_add(1, ids, probs)
     torch.testing.assert_close(dense, expected.softmax(1), rtol=1e-4, atol=1e-6)
 
 
 def test_scores_that_tie_with_the_kth_survive_top_k() -> None:
-    probs, ids = candidates(torch.tensor([[1.0, 3.0, 1.0, 1.0, 0.0]]), temperature=1.0, top_k=2, top_p=1.0)
+    logits = torch.tensor([[1.0, 3.0, 1.0, 1.0, 0.0]]).t()
+    probs, ids = candidates(logits, temperature=1.0, top_k=2, top_p=1.0)
     assert sorted(ids[0][probs[0] > 0].tolist()) == [0, 1, 2, 3]
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p_and_at_least_one() -> None:
-    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().t()
     for p, kept in ((0.01, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.81, 3), (0.99, 4)):
         probs, _ = candidates(logits.double(), temperature=1.0, top_k=0, top_p=p)
         assert int((probs > 0).sum()) == kept, p
@@ -275,21 +277,31 @@ def test_attention_in_two_parts_is_attention_over_all_keys(
         place += size
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=80)
 @given(
     rows=st.integers(1, 4), size=st.integers(1, 3000), width=st.integers(1, 9), levels=st.sampled_from([3, 50, 10**6]),
+    lowest=st.sampled_from([-(10**6), -25, -1, 0]), dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 999),
 )  # fmt: skip
-def test_the_largest_by_blocks_are_those_of_topk(rows: int, size: int, width: int, levels: int, seed: int) -> None:
-    """Ties and all: the same values in the same order, at places that hold them, each once."""
+def test_the_largest_by_sets_are_those_of_topk(
+    rows: int, size: int, width: int, levels: int, lowest: int, dtype: torch.dtype, seed: int
+) -> None:
+    """Ties, negative numbers and all: the same values in the same order, at places that hold them, each once."""
     width = min(width, size)
     generator = torch.Generator().manual_seed(seed)
-    scores = torch.randint(levels, (rows, size), generator=generator).float()
-    with mock.patch.object(sampling_room, "_BLOCK", 4):
-        found, places = largest(scores, width)
-    assert torch.equal(found, scores.topk(width).values)
-    assert torch.equal(scores.gather(1, places), found)
+    scores = torch.randint(lowest, lowest + levels, (size, rows), generator=generator).to(dtype)
+    found, places = largest(scores, width)
+    assert torch.equal(found, scores.float().topk(width, dim=0).values.t())
+    assert torch.equal(scores.float().gather(0, places.t()).t(), found)
     assert all(len(set(row)) == width for row in places.tolist())
+
+
+def test_a_penalty_is_not_rounded_to_the_dtype_of_the_logits() -> None:
+    """transformers penalises in float32: 2 / 1.25 is 1.6, not its neighbour in bfloat16."""
+    logits = torch.tensor([[2.0, 1.5, -1.0]], dtype=torch.bfloat16).t()
+    probs, ids = candidates(logits, torch.tensor([[0, 0]]), penalty=1.25, temperature=1.0, top_k=0, top_p=1.0)
+    expected = torch.tensor([1.6, 1.5, -1.0]).softmax(0)
+    torch.testing.assert_close(torch.zeros(3).scatter_add(0, ids[0], probs[0]), expected)
 
 
 def test_training_mode_is_restored_and_an_empty_list_is_an_empty_list() -> None:

@@ -26,20 +26,26 @@ def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("units")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("size", "width"), [(50, 24), (100, 24), (24, 50), (24, 24)])
 @pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("rows", [0, 1, 2, 16, 17, 39, 40, 50, 99, 100, 200])
-def test_any_number_of_rows_is_multiplied_like_any_other(rows: int, biased: bool) -> None:
-    """Fifty columns: one row, a few, and what two threads would run on one of them."""
-    x, weight = normal(rows, 24, dtype=torch.bfloat16), normal(50, 24, seed=1, dtype=torch.bfloat16)
-    bias = normal(50, seed=2, dtype=torch.bfloat16) if biased else None
-    found = linear(x, weight, bias)
+@pytest.mark.parametrize("rows", [0, 1, 2, 16, 17, 25, 39, 40, 50, 99, 100, 200])
+def test_any_number_of_rows_is_multiplied_like_any_other(
+    rows: int, biased: bool, size: int, width: int, dtype: torch.dtype
+) -> None:
+    """One row, a few, some, and with fifty columns what two threads would run on one of them."""
+    x, weight = normal(rows, width, dtype=dtype), normal(size, width, seed=1, dtype=dtype)
+    bias = normal(size, seed=2, dtype=dtype) if biased else None
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
-    assert found.dtype == torch.bfloat16
-    assert found.is_contiguous()
-    torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=2**-5)
-    torch.testing.assert_close(linear(x[None, :, None], weight, bias), found[None, :, None])
-    turned = linear(x, normal(24, 50, seed=1, dtype=torch.bfloat16).t())
-    assert turned.shape == found.shape
+    close = {"rtol": 2**-7, "atol": 2**-5} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            found = linear(x, weight, bias)
+            assert found.dtype == dtype
+            torch.testing.assert_close(found.double(), exact, **close)
+            torch.testing.assert_close(linear(x[None, :, None], weight, bias), found[None, :, None])
+            turned = linear(x.t().contiguous().t(), weight.t().contiguous().t(), bias)
+            torch.testing.assert_close(turned.double(), exact, **close)
 
 
 @pytest.mark.usefixtures("units")
@@ -60,16 +66,16 @@ def test_layers_keep_their_kind_when_adapters_come_and_go() -> None:
     assert [type(layer) for layer in model] == [nn.Linear, Linear]
 
 
+@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_head_in_parts_is_the_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "HEAD_PART", 7)
-    hidden, weight = torch.randn(3, 5, dtype=dtype), torch.randn(23, 5, dtype=dtype)
-    out = torch.empty(4, 23)
-    for units in (False, True):
-        monkeypatch.setattr(room, "has_matrix_units", lambda units=units: units)
-        for rows in (1, 2, 3):
-            found = head_logits(hidden[:rows], weight, out)
-            torch.testing.assert_close(found, (hidden[:rows] @ weight.t()).float())
+def test_the_head_has_a_column_of_logits_for_each_row(dtype: torch.dtype) -> None:
+    hidden, weight = torch.randn(6, 5, dtype=dtype), torch.randn(23, 5, dtype=dtype)
+    out = torch.empty(6 * 23, dtype=dtype)
+    for rows in (6, 4, 3, 2, 1):
+        found = head_logits(hidden[:rows], weight, out)
+        assert found.is_contiguous()
+        assert found.data_ptr() == out.data_ptr()
+        torch.testing.assert_close(found, weight @ hidden[:rows].t())
 
 
 @settings(deadline=None, max_examples=15)

@@ -19,19 +19,25 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     The division is in float32 and its result rounded to the dtype of x before the weight, as checkpoints were trained.
     """
-    if torch.is_inference_mode_enabled():  # one row waits for calls; scoring is to round alike in both modes
-        return weight * F.rms_norm(_wide(x), x.shape[-1:], None, eps).to(x.dtype)
+    if not torch.is_grad_enabled():
+        return _normed(x, weight, eps)[0]
     result: Tensor = _RMSNorm.apply(x, weight, eps)
     return result
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """And the inverses of the roots, (..., 1). A norm reads x once, where squares would be written first."""
+    wide = _wide(x)
+    inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    return weight * (wide * inverse).to(x.dtype), inverse
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = _wide(x)
-        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        result, inverse = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return weight * (wide * inverse).to(x.dtype)
+        return result
 
     @staticmethod
     @once_differentiable
