@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfevo.models.attention import Mask, SharedPrefixes, Trunk
+from selfevo.models.attention import Mask, SharedPrefixes, Trunk, hide
 from selfevo.models.transformer import Transformer
+from selfevo.products import has_matrix_units
 from selfevo.trie import Ids, TokenTrie
 
 _ROWS, _KEYS = 8, 256  # what the rows and keys of a step are rounded up to where steps are captured
@@ -144,11 +145,13 @@ class SlotCache(_Slots):
 
 
 class BranchCache(_Slots):
-    """Rows keep the tokens of their replies alone; relatives share the trunk of their prompts. In float32 also beside
-    bfloat16 weights, whose products would round the scores. For several rows on processors."""
+    """Rows keep the tokens of their replies alone; relatives share the trunk of their prompts. For several rows on a
+    processor; in float32 unless it has units for bfloat16."""
 
     def __init__(self, model: Transformer, slots: int, new: int) -> None:
-        super().__init__(model, slots, new, torch.promote_types(model.dtype, torch.float32))
+        units = model.dtype == torch.bfloat16 and has_matrix_units()
+        super().__init__(model, slots, new, model.dtype if units else torch.promote_types(model.dtype, torch.float32))
+        self.each = model.config.num_heads // model.config.num_kv_heads
         self.branches: list[Prompt | None] = [None] * slots
         self.starts = torch.zeros(slots, dtype=torch.int64)  # the lengths of the prompts
         self.shared: SharedPrefixes | None = None  # until a row comes or goes
@@ -176,8 +179,8 @@ class BranchCache(_Slots):
         newest, places, starts = self.newest()[:, None], torch.arange(self.span), self.starts[: self.rows, None]
         if self.shared is None or len(self.shared.order) != self.rows:
             self.branches[self.rows :] = [None] * (len(self.branches) - self.rows)  # lets go of what finished
-            self.shared = _shared([branch for branch in self.branches if branch is not None])
-        mask = replace(self.shared, hidden=places > newest)
+            self.shared = _shared([branch for branch in self.branches if branch is not None], self.each)
+        mask = replace(self.shared, hidden=hide(places > newest, self.keys.dtype))
         return Step(starts + newest, mask, starts + places)
 
 
@@ -203,7 +206,7 @@ def _relatives(paths: Sequence[Ids]) -> list[list[Ids]]:
     return groups
 
 
-def _shared(branches: Sequence[Prompt]) -> SharedPrefixes:
+def _shared(branches: Sequence[Prompt], each: int) -> SharedPrefixes:
     """Rows, trunk by trunk; what they own is not known yet."""
     rows: dict[int, list[int]] = {}
     for row, branch in enumerate(branches):
@@ -214,11 +217,10 @@ def _shared(branches: Sequence[Prompt]) -> SharedPrefixes:
         hidden = torch.ones(len(members), len(trunk.depths), dtype=torch.bool)
         for place, row in enumerate(members):
             hidden[place, branches[row].path] = False
-        trunks.append(replace(trunk, hidden=hidden if bool(hidden.any()) else None))
+        trunks.append(replace(trunk, hidden=hide(hidden, trunk.keys.dtype, each) if bool(hidden.any()) else None))
     order = torch.tensor([row for members in rows.values() for row in members])
-    return SharedPrefixes(
-        trunks, [len(members) for members in rows.values()], order, order.argsort(), order[:, None] < 0
-    )
+    sizes = [len(members) for members in rows.values()]
+    return SharedPrefixes(trunks, sizes, order, order.argsort(), torch.empty(0), each)
 
 
 def _rounded(number: int, multiple: int) -> int:

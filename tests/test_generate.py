@@ -24,7 +24,7 @@ from selfevo.folding import folded_adapters
 from selfevo.generate import Sampling, generate
 from selfevo.lora import LoRALinear, disable_adapters, freeze_adapter, inject_lora, lora_parameters
 from selfevo.models import Transformer, load_model
-from selfevo.models.attention import SharedPrefixes, Trunk, attend, attend_shared
+from selfevo.models.attention import SharedPrefixes, Trunk, attend, attend_shared, hide
 from selfevo.sampling import candidates, draw, largest, remember, uniform_noise
 from selfevo.scoring import response_logps
 from selfevo.trie import build_trie
@@ -258,12 +258,13 @@ def test_attention_in_two_parts_is_attention_over_all_keys(
     sizes = [rows] if rows < 3 else [2, rows - 2]
     for size in sizes:
         hidden = torch.rand(size, 6, generator=generator) < 0.4
-        trunks.append(Trunk(normal(2, groups, 6, 8), normal(2, groups, 6, 8), torch.arange(6), hidden))
+        masks = hide(hidden, torch.float64, each)
+        trunks.append(Trunk(normal(2, groups, 6, 8), normal(2, groups, 6, 8), torch.arange(6), masks))
         sees.append(~hidden)
     order = torch.randperm(rows, generator=generator)
     unseen = torch.rand(rows, own, generator=generator) < 0.4
     unseen[:, 0] = False
-    shared = SharedPrefixes(trunks, sizes, order, order.argsort(), unseen)
+    shared = SharedPrefixes(trunks, sizes, order, order.argsort(), hide(unseen, torch.float64), each)
     found = attend_shared(queries, keys, values, shared, 1)
     place = 0
     for trunk, size, seen in zip(trunks, sizes, sees):

@@ -18,7 +18,7 @@ from selfevo.trie import TreeMask
 @dataclass(frozen=True)
 class Trunk:
     """N prompt tokens that R rows share: ``keys`` and ``values`` (layers, K, N, E), ``depths`` (N,), the tokens'
-    positions, and ``hidden`` (R, N), True where a row may not attend; None where every row sees them all."""
+    positions, and ``hidden`` (R G, N), see :func:`hide`; None where every row sees them all."""
 
     keys: Tensor
     values: Tensor
@@ -28,10 +28,11 @@ class Trunk:
 
 @dataclass(frozen=True)
 class SharedPrefixes:
-    """B rows of one new token each. Each attends to its trunk and to its own later tokens.
+    """B rows of one new token each, with G query heads to a key head. A row attends to its trunk and to its own later
+    tokens.
 
-    ``order`` (B,) takes the rows trunk by trunk, ``sizes`` of them each, ``back`` undoes it; ``hidden`` (B, S) is True
-    where a row may not attend among its own S.
+    ``order`` (B,) takes the rows trunk by trunk, ``sizes`` of them each, ``back`` undoes it; ``hidden`` (B, S) is what
+    a row may not attend to among its own S, see :func:`hide`.
     """
 
     trunks: Sequence[Trunk]
@@ -39,14 +40,25 @@ class SharedPrefixes:
     order: Tensor
     back: Tensor
     hidden: Tensor
+    each: int  # G
 
     def within(self, window: int, positions: Tensor, key_positions: Tensor) -> SharedPrefixes:
         """With what lies ``window`` or more tokens back hidden; positions (B, 1) and key positions (B, S)."""
         trunks = []
         for trunk, rows in zip(self.trunks, positions[self.order].split(self.sizes)):
-            past = rows - trunk.depths >= window
-            trunks.append(replace(trunk, hidden=past if trunk.hidden is None else past | trunk.hidden))
-        return replace(self, trunks=trunks, hidden=self.hidden | (positions - key_positions >= window))
+            past = hide(rows - trunk.depths >= window, trunk.keys.dtype, self.each)
+            trunks.append(replace(trunk, hidden=past if trunk.hidden is None else past.minimum(trunk.hidden)))
+        past = hide(positions - key_positions >= window, self.hidden.dtype)
+        return replace(self, trunks=trunks, hidden=past.minimum(self.hidden))
+
+
+def hide(hidden: Tensor, dtype: torch.dtype, each: int = 1) -> Tensor:
+    """Booleans (R, S), True where a row may not attend -> what is added to the scores of its heads, (R ``each``, S).
+
+    Finite, for the sake of rows that a window hides all of a trunk from.
+    """
+    added = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+    return added.repeat_interleave(each, dim=0)
 
 
 Mask = Tensor | TreeMask | SharedPrefixes | None
@@ -90,21 +102,27 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | TreeMas
 def attend_shared(queries: Tensor, keys: Tensor, values: Tensor, mask: SharedPrefixes, layer: int) -> Tensor:
     """Attention (B, H, 1, E) of rows to their own keys and values (B, K, S, E) and to the trunks they share.
 
-    A trunk is read once for all its rows, whose queries are the rows of one product; one softmax takes both parts.
+    A trunk is read once for all its rows, whose queries are the rows of one product. Each part is attended to by
+    itself; how the softmax over both divides between them follows from the sums of their exponentials. For processors.
     Computed in the dtype of the keys.
     """
     batch, heads, _, size = queries.shape
-    groups = keys.shape[1]
-    each = heads // groups  # query heads that share a key-value head
-    scaled = queries.to(keys.dtype).mul(size**-0.5).view(batch, groups, each, size)
-    own = torch.matmul(scaled, keys.transpose(2, 3)).masked_fill_(mask.hidden[:, None, None], -torch.inf)
-    parts: list[tuple[Tensor, Tensor]] = []
-    per_trunk = (x[mask.order].transpose(0, 1).split(mask.sizes, dim=1) for x in (scaled, own))
-    for trunk, rows, latest in zip(mask.trunks, *per_trunk):
-        scores = torch.bmm(rows.flatten(1, 2), trunk.keys[layer].transpose(1, 2)).unflatten(1, (-1, each))
-        if trunk.hidden is not None:
-            scores.masked_fill_(trunk.hidden[:, None], -torch.inf)
-        shared, latest = torch.cat((scores, latest), dim=-1).softmax(-1).split((scores.shape[-1], own.shape[-1]), -1)
-        parts.append((torch.bmm(shared.flatten(1, 2), trunk.values[layer]).view_as(rows), latest))
-    mixed, weights = (torch.cat(x, dim=1).transpose(0, 1)[mask.back] for x in zip(*parts))
-    return mixed.add_(torch.matmul(weights, values)).view(batch, heads, 1, size).to(queries.dtype)
+    rows = queries.to(keys.dtype).view(batch, keys.shape[1], mask.each, size)
+    own, own_sums = _attend_and_sum(rows, keys, values, mask.hidden[:, None, None].expand(-1, -1, mask.each, -1))
+    found = []
+    together = rows[mask.order].transpose(0, 1).flatten(1, 2)[None]
+    for trunk, part in zip(mask.trunks, together.split([mask.each * count for count in mask.sizes], dim=2)):
+        hidden = None if trunk.hidden is None else trunk.hidden[None, None]
+        found.append(_attend_and_sum(part, trunk.keys[layer][None], trunk.values[layer][None], hidden))
+    shared, shared_sums = (
+        torch.cat(x, dim=2)[0].unflatten(1, (-1, mask.each)).transpose(0, 1)[mask.back] for x in zip(*found)
+    )
+    mixed = torch.lerp(own.to(own_sums.dtype), shared.to(own_sums.dtype), (shared_sums - own_sums).sigmoid()[..., None])
+    return mixed.view(batch, heads, 1, size).to(queries.dtype)
+
+
+def _attend_and_sum(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """PyTorch's kernel for processors: queries (B, K, T, E), keys and values (B, K, S, E), a mask to be added -> the
+    result and, which the public function keeps to itself, logarithms (B, K, T) of the sums of exponentials."""
+    mixed, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=mask)
+    return mixed, sums
