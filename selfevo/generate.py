@@ -5,6 +5,7 @@ It knows ids, not text. Notation: R active rows (slots 0..R-1 of the cache), K k
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from selfevo.caches import PrefillCache, Prompt, row_cache
 from selfevo.folding import folded_adapters
 from selfevo.graphs import step_graphs
 from selfevo.models.transformer import Transformer
-from selfevo.products import head_logits
+from selfevo.products import LOGIT_COLUMNS, head_logits
 from selfevo.sampling import candidates, draw, remember, uniform_noise
 from selfevo.trie import Ids, as_ids, build_trie, pack
 
@@ -46,8 +47,8 @@ class Sampling:
             raise ValueError(f"repetition_penalty must be positive: {self.repetition_penalty}")
 
     def choose(self, logits: Tensor, seen: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
-        """Logits (V, R), overwritten, ids seen (R, L) as ``sampling`` wants them, sequence keys and step numbers (R,)
-        -> next ids (R,). Of likeliest ids that tie, greedy takes the smallest."""
+        """Logits (V, R), overwritten, ids seen (R, L), both as :func:`candidates` wants them, sequence keys and step
+        numbers (R,) -> next ids (R,). Of likeliest ids that tie, greedy takes the smallest."""
         greedy = self.temperature == 0
         temperature, top_k, top_p = (1.0, 1, 1.0) if greedy else (self.temperature, self.top_k, self.top_p)
         probs, ids = candidates(
@@ -139,7 +140,8 @@ class _Decoder:
         longest = max(len(sequence.prompt) for sequence in sequences)
         self.cache = row_cache(model, slots, longest, max_new_tokens)
         self.graphs = step_graphs(model.device)
-        self.logits = torch.empty(model.config.vocab_size * slots, dtype=model.dtype, device=model.device)
+        columns = math.ceil(slots / LOGIT_COLUMNS) * LOGIT_COLUMNS
+        self.logits = torch.empty(model.config.vocab_size * columns, dtype=model.dtype, device=model.device)
         self.seen = torch.zeros(slots, longest + max_new_tokens, dtype=torch.int64, device=model.device)
         self.keys = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=model.device)  # of what was seen

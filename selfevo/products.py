@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _WIDENED = 64  # rows; so few are widened faster than a float32 factor is split
+LOGIT_COLUMNS = 16  # of which there may be a multiple, see head_logits
 _FEW = 4  # rows; with fewer, a product is no faster with the weights on the left
 
 
@@ -75,8 +76,11 @@ def _from_the_left(count: int, size: int, width: int, units: bool) -> bool:
 def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Hidden states (R, D), head (V, D) -> logits (V, R) of their dtype, written to the first numbers of ``out``.
 
-    With the head as the left factor, the product takes half the time in bfloat16, and four fifths in float32.
+    With the head as the left factor, the product takes half the time in bfloat16, and four fifths in float32. There,
+    many rows are filled up to a multiple of 16, which can save a quarter: columns from the R-th on mean nothing.
     """
+    if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and len(hidden) > 3 * LOGIT_COLUMNS:
+        hidden = F.pad(hidden, (0, 0, 0, -len(hidden) % LOGIT_COLUMNS))
     logits = out[: len(weight) * len(hidden)].view(len(weight), -1)
     if hidden.device.type == "cpu" and len(hidden) < _FEW:
         return logits.copy_(linear(hidden, weight).t())

@@ -12,7 +12,7 @@ from torch import Tensor
 
 _MASK = (1 << 64) - 1
 _TIES = 16  # scores beyond the k-th that are looked at in case they tie with it
-_LANES = 8  # scores of which the maximum is taken first, see largest
+_LANES = 16  # scores of which the maximum is taken first, see largest
 
 
 def remember(seen: Tensor, places: Tensor, tokens: Tensor) -> None:
@@ -25,6 +25,7 @@ def candidates(
     logits: Tensor, seen: Tensor | None = None, *, penalty: float = 1.0, temperature: float, top_k: int, top_p: float
 ) -> tuple[Tensor, Tensor]:
     """Logits (V, R), ids seen (R, L) -> probabilities and ids (R, C) of what may be drawn; the rest has probability 0.
+    Logits may have more columns than there are ids seen, which are left out.
 
     The repetition penalty (Keskar et al. 2019) divides positive scores of ids seen and multiplies negative ones, in
     float32; their places in ``logits`` are overwritten. Top-k keeps everything that ties with the k-th score. Top-p
@@ -33,12 +34,14 @@ def candidates(
     """
     vocab = len(logits)
     k = min(top_k, vocab) if top_k else vocab
-    aside = None if seen is None or penalty == 1 else (_set_aside(logits, seen, penalty), seen)
+    if seen is None:
+        seen, penalty = torch.zeros(logits.shape[1], 1, dtype=torch.int64, device=logits.device), 1.0
+    aside = None if penalty == 1 else _set_aside(logits, seen, penalty)
     width = min(k + _TIES, vocab)
-    scores, ids = _likeliest(logits, aside, width)
+    scores, ids = _likeliest(logits, seen, aside, width)
     while width < vocab and bool((scores[:, k - 1] == scores[:, -1]).any()):  # a tie that may go on; common in bfloat16
         width = min(2 * width, vocab)
-        scores, ids = _likeliest(logits, aside, width)
+        scores, ids = _likeliest(logits, seen, aside, width)
     scores = scores.masked_fill(scores < scores[:, k - 1 : k], float("-inf"))
     probs = (scores / temperature).softmax(dim=1)
     if top_p < 1:
@@ -51,7 +54,7 @@ def candidates(
 
 def _set_aside(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Takes the scores of ids seen out of the logits: (R, L), with the penalty, which their dtype may not hold."""
-    places = seen * logits.shape[1] + torch.arange(logits.shape[1], device=seen.device)[:, None]
+    places = seen * logits.shape[1] + torch.arange(len(seen), device=seen.device)[:, None]
     scores = _wide(logits.view(-1)[places])
     logits.view(-1)[places] = -torch.inf  # on a processor, scatter_ is slow in bfloat16
     scores = torch.where(scores < 0, scores * penalty, scores / penalty)
@@ -59,19 +62,19 @@ def _set_aside(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return scores
 
 
-def _likeliest(logits: Tensor, aside: tuple[Tensor, Tensor] | None, width: int) -> tuple[Tensor, Tensor]:
+def _likeliest(logits: Tensor, seen: Tensor, aside: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
     """The ``width`` largest scores of each row and their ids, (R, width), of logits and of what was set aside."""
-    scores, ids = largest(logits, width)
+    scores, ids = (found[: len(seen)] for found in largest(logits, width))
     if aside is None:
         return scores, ids
-    scores, order = torch.cat((scores, aside[0]), dim=1).topk(width)
-    return scores, torch.cat((ids, aside[1]), dim=1).gather(1, order)
+    scores, order = torch.cat((scores, aside), dim=1).topk(width)
+    return scores, torch.cat((ids, seen), dim=1).gather(1, order)
 
 
 def largest(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """The ``width`` largest of each column and their places, in falling order: (V, R) -> (R, width) twice.
 
-    They lie in the ``width`` sets of eight scores whose maxima are largest, and a maximum costs far less than a search:
+    They lie in the ``width`` sets of sixteen scores whose maxima are largest, and a maximum costs far less than a search:
     the other sets are not looked at. The maxima are searched in the same way.
     """
     count = len(scores) // _LANES

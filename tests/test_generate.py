@@ -80,10 +80,10 @@ def test_greedy_path_of_the_real_checkpoint(shared: Path) -> None:
 @given(
     seed=st.integers(0, 10**6), temperature=st.sampled_from([0.3, 0.9, 1.0, 2.0]),
     top_k=st.sampled_from([0, 1, 3, 10, 50]), top_p=st.sampled_from([0.1, 0.5, 0.8, 0.95, 1.0]),
-    penalty=st.sampled_from([1.0, 1.2, 3.0]), ties=st.booleans(),
+    penalty=st.sampled_from([1.0, 1.2, 3.0]), ties=st.booleans(), more=st.integers(0, 2),
 )  # fmt: skip
 def test_the_sampling_distribution_equals_that_of_transformers(
-    seed: int, temperature: float, top_k: int, top_p: float, penalty: float, ties: bool
+    seed: int, temperature: float, top_k: int, top_p: float, penalty: float, ties: bool, more: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(3, 40, generator=generator) * 3
@@ -101,7 +101,8 @@ def test_the_sampling_distribution_equals_that_of_transformers(
     for place in range(1, 12):
         remember(noted, torch.full((3,), place), seen[:, place])
     chosen = {"temperature": temperature, "top_k": top_k, "top_p": 1.0 if ties else top_p}
-    probs, ids = candidates(logits.t().contiguous(), noted, penalty=penalty, **chosen)
+    columns = F.pad(logits, (0, 0, 0, more)).t().contiguous()
+    probs, ids = candidates(columns, noted, penalty=penalty, **chosen)
     dense = torch.zeros(3, 40).scatter_add(1, ids, probs)
     torch.testing.assert_close(dense, expected.softmax(1), rtol=1e-4, atol=1e-6)
 
