@@ -40,17 +40,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     units = x.dtype == weight.dtype == torch.bfloat16 and has_matrix_units()
     if gradient or x.device.type != "cpu" or not (units or x.dtype == weight.dtype == torch.float32):
         return F.linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1])
-    return _linear(rows, weight, bias, units).view(*x.shape[:-1], len(weight))
+    size, width = weight.shape
+    return _linear(x.reshape(-1, width), weight, bias, units).view(*x.shape[:-1], size)
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, units: bool) -> Tensor:
     """In float32, or in bfloat16 by matrix units, where ``F.linear`` reads the weights of one row at half the memory's
     rate, and runs some shapes on one of two threads: those of not many more or fewer rows than columns."""
-    count, size = len(rows), len(weight)
+    (count, width), size = rows.shape, weight.shape[0]
     if units and count == 1:
         return (torch.mv(weight, rows[0]) if bias is None else torch.addmv(bias, weight, rows[0]))[None]
-    if torch.is_inference_mode_enabled() and _from_the_left(count, size, weight.shape[1], units):
+    if torch.is_inference_mode_enabled() and _from_the_left(count, size, width, units):
         result = torch.mm(weight, rows.t()).t()
         return result if bias is None else result.add_(bias)
     if not units or torch.get_num_threads() != 2 or not 0.8 * size <= count < 2 * size:
