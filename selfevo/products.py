@@ -35,21 +35,27 @@ def has_matrix_units() -> bool:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``: (..., I), (O, I), (O,) -> (..., O), of any strides."""
+    """``F.linear``: (..., I), (O, I), (O,) -> (..., O), of any strides.
+
+    With bfloat16 matrix units, ``F.linear`` reads the weights of a single row at half the memory's rate.
+    """
     gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     units = x.dtype == weight.dtype == torch.bfloat16 and has_matrix_units()
     if gradient or x.device.type != "cpu" or not (units or x.dtype == weight.dtype == torch.float32):
         return F.linear(x, weight, bias)
     size, width = weight.shape
-    return _linear(x.reshape(-1, width), weight, bias, units).view(*x.shape[:-1], size)
+    if units and x.numel() == width:
+        row = x.reshape(width)
+        result = torch.mv(weight, row) if bias is None else torch.addmv(bias, weight, row)
+    else:
+        result = _linear(x.reshape(-1, width), weight, bias, units)
+    return result.view(*x.shape[:-1], size)
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None, units: bool) -> Tensor:
-    """In float32, or in bfloat16 by matrix units, where ``F.linear`` reads the weights of one row at half the memory's
-    rate, and runs some shapes on one of two threads: those of not many more or fewer rows than columns."""
+    """In float32, or in bfloat16 by matrix units, where ``F.linear`` runs some shapes on one of two threads: those of
+    not many more or fewer rows than columns."""
     (count, width), size = rows.shape, weight.shape[0]
-    if units and count == 1:
-        return (torch.mv(weight, rows[0]) if bias is None else torch.addmv(bias, weight, rows[0]))[None]
     if torch.is_inference_mode_enabled() and _from_the_left(count, size, width, units):
         result = torch.mm(weight, rows.t()).t()
         return result if bias is None else result.add_(bias)
