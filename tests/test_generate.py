@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as processors
 
-from selfevo import caches, folding
+from selfevo import caches, folding, products
 from selfevo import generate as generate_room
 from selfevo.caches import SlotCache
 from selfevo.folding import folded_adapters
@@ -242,41 +242,72 @@ def test_relatives_share_a_trunk_and_strangers_do_not() -> None:
 @settings(deadline=None, max_examples=20)
 @given(
     rows=st.integers(1, 5), groups=st.sampled_from([1, 2]), each=st.sampled_from([1, 3]), own=st.integers(1, 4),
-    scale=st.sampled_from([0.1, 1.0, 30.0]), seed=st.integers(0, 99),
+    shared=st.sampled_from([6, 600]), scale=st.sampled_from([0.1, 1.0, 30.0]),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_attention_in_two_parts_is_attention_over_all_keys(
-    rows: int, groups: int, each: int, own: int, scale: float, seed: int
+    rows: int, groups: int, each: int, own: int, shared: int, scale: float, dtype: torch.dtype, seed: int
 ) -> None:
-    """Against one softmax over trunk and own keys together, in float64, also where scores are extreme."""
+    """Against one softmax over trunk and own keys together, in float64, also where scores are extreme or a whole trunk
+    is hidden."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    queries = scale * normal(rows, groups * each, 1, 8)
+    queries = scale * normal(8, 1, groups * each, rows).permute(3, 2, 1, 0)  # laid out as a product from the left is
     keys, values = normal(rows, groups, own, 8), normal(rows, groups, own, 8)
     trunks, sees = [], []
     sizes = [rows] if rows < 3 else [2, rows - 2]
     for size in sizes:
-        hidden = torch.rand(size, 6, generator=generator) < 0.4
-        masks = hide(hidden, torch.float64, each)
-        trunks.append(Trunk(normal(2, groups, 6, 8), normal(2, groups, 6, 8), torch.arange(6), masks))
+        hidden = torch.rand(size, shared, generator=generator) < 0.4
+        hidden[0] = True
+        sides = [normal(2, groups, shared, 8) for _ in range(2)]
+        trunks.append(Trunk(sides[0], sides[1], torch.arange(shared), hide(hidden, dtype, each)))
         sees.append(~hidden)
     order = torch.randperm(rows, generator=generator)
     unseen = torch.rand(rows, own, generator=generator) < 0.4
     unseen[:, 0] = False
-    shared = SharedPrefixes(trunks, sizes, order, order.argsort(), hide(unseen, torch.float64), each)
-    found = attend_shared(queries, keys, values, shared, 1)
+    mask = SharedPrefixes(trunks, sizes, order, order.argsort(), hide(unseen, dtype), each)
+    found = attend_shared(queries, keys, values, mask, 1)
+    assert found.dtype == dtype
     place = 0
     for trunk, size, seen in zip(trunks, sizes, sees):
         for offset in range(size):
             row = int(order[place + offset])
-            all_keys = torch.cat((trunk.keys[1], keys[row]), dim=1).repeat_interleave(each, dim=0)
-            all_values = torch.cat((trunk.values[1], values[row]), dim=1).repeat_interleave(each, dim=0)
-            allowed = torch.cat((seen[offset], ~unseen[row]))
-            expected = F.scaled_dot_product_attention(queries[row], all_keys, all_values, attn_mask=allowed[None])
-            torch.testing.assert_close(found[row], expected)
+            whole = (torch.cat(x, dim=1) for x in ((trunk.keys[1], keys[row]), (trunk.values[1], values[row])))
+            wide = (x.double().repeat_interleave(each, dim=0) for x in whole)
+            allowed = torch.cat((seen[offset], ~unseen[row]))[None]
+            expected = F.scaled_dot_product_attention(queries[row].double(), *wide, attn_mask=allowed)
+            close = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+            torch.testing.assert_close(found[row].double(), expected, rtol=close, atol=close)
         place += size
+
+
+@pytest.mark.parametrize("units", [False, True])
+def test_bfloat16_rollouts_work_with_and_without_matrix_units(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside keys of float32 and of bfloat16: hidden states near those of float64 weights with the same numbers."""
+    for room in (caches, products):
+        monkeypatch.setattr(room, "has_matrix_units", lambda: units)
+    model = tiny_model().bfloat16()
+    exact = copy.deepcopy(model).double()
+    checked = 0
+
+    def compared(self: Any) -> torch.Tensor:
+        nonlocal checked
+        hidden = decode(self)
+        for row, sequence in zip(hidden, self.running):
+            expected = exact.hidden_states(torch.tensor([[*sequence.prompt.tolist(), *sequence.reply]]))[0, -1]
+            assert float((row.double() - expected).norm()) < 0.03 * float(expected.norm())
+            checked += 1
+        return hidden
+
+    decode = generate_room._Decoder._decode
+    monkeypatch.setattr(generate_room._Decoder, "_decode", compared)
+    for slots in (1, 3):
+        replies = generate(model, PROMPTS[:3], max_new_tokens=5, batch_size=slots)
+        assert [len(reply) for reply in replies] == [5, 5, 5]
+    assert checked == 24
 
 
 @settings(deadline=None, max_examples=80)

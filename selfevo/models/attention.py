@@ -107,7 +107,7 @@ def attend_shared(queries: Tensor, keys: Tensor, values: Tensor, mask: SharedPre
     Computed in the dtype of the keys.
     """
     batch, heads, _, size = queries.shape
-    rows = queries.to(keys.dtype).view(batch, keys.shape[1], mask.each, size)
+    rows = queries.to(keys.dtype).reshape(batch, keys.shape[1], mask.each, size).contiguous()
     own, own_sums = _attend_and_sum(rows, keys, values, mask.hidden[:, None, None].expand(-1, -1, mask.each, -1))
     found = []
     together = rows[mask.order].transpose(0, 1).flatten(1, 2)[None]
@@ -123,6 +123,7 @@ def attend_shared(queries: Tensor, keys: Tensor, values: Tensor, mask: SharedPre
 
 def _attend_and_sum(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """PyTorch's kernel for processors: queries (B, K, T, E), keys and values (B, K, S, E), a mask to be added -> the
-    result and, which the public function keeps to itself, logarithms (B, K, T) of the sums of exponentials."""
+    result and, which the public function keeps to itself, logarithms (B, K, T) of the sums of exponentials. It takes
+    for granted that the last dimension of each is contiguous."""
     mixed, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, attn_mask=mask)
     return mixed, sums
