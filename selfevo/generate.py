@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfevo.caches import PrefillCache, Prompt, row_cache
-from selfevo.folding import folded_adapters
+from selfevo.folding import ready_layers
 from selfevo.graphs import step_graphs
 from selfevo.models.transformer import Transformer
 from selfevo.products import LOGIT_COLUMNS, head_logits
@@ -106,7 +106,7 @@ def generate(
     model.eval()
     try:
         bar = tqdm(total=len(prompts), desc=progress, unit="reply", disable=progress is None)
-        with bar, folded_adapters(model):
+        with bar, ready_layers(model):
             decoder = _Decoder(
                 model, sampling, waiting, max_new_tokens, frozenset(stop_ids), batch_size, stop_when, on_reply
             )

@@ -20,10 +20,17 @@ from transformers.generation import logits_process as processors
 from selfevo import caches, folding, products
 from selfevo import generate as generate_room
 from selfevo.caches import SlotCache
-from selfevo.folding import folded_adapters
+from selfevo.folding import ready_layers
 from selfevo.generate import Sampling, generate
-from selfevo.lora import LoRALinear, disable_adapters, freeze_adapter, inject_lora, lora_parameters
-from selfevo.models import Transformer, load_model
+from selfevo.lora import (
+    LoRALinear,
+    disable_adapters,
+    freeze_adapter,
+    inject_lora,
+    lora_parameters,
+    remove_adapters,
+)
+from selfevo.models import Transformer, load_model, save_pretrained
 from selfevo.models.attention import SharedPrefixes, Trunk, attend, attend_shared, hide
 from selfevo.sampling import candidates, draw, largest, remember, uniform_noise
 from selfevo.scoring import response_logps
@@ -397,7 +404,7 @@ def test_folded_adapters_act_as_the_layers_do_and_leave_them_as_they_were(
     switch = contextlib.nullcontext() if enabled else disable_adapters(model)
     with torch.no_grad(), switch:
         expected, before = model(tokens), {name: t.clone() for name, t in model.state_dict().items()}
-        with folded_adapters(model) as folded:
+        with ready_layers(model) as folded:
             assert folded == bool(room)
             layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
             assert all((layer.prepared is None) == folded for layer in layers)
@@ -405,6 +412,53 @@ def test_folded_adapters_act_as_the_layers_do_and_leave_them_as_they_were(
             torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(model(tokens), expected)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "adapted"),
+    [
+        (torch.float32, []),
+        (torch.float32, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]),
+        (torch.bfloat16, []),
+        (torch.bfloat16, ["q_proj", "up_proj", "down_proj"]),
+    ],
+)
+def test_layers_of_one_input_are_joined_and_leave_a_model_that_can_be_saved(
+    dtype: torch.dtype, adapted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of them with adapters, with biases and without; weights are moved once, and only in memory."""
+    model = tiny_model(family="qwen2", qkv_bias=True).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    if adapted:
+        inject_lora(model, rank=2, alpha=4, targets=adapted)
+        for parameter in lora_parameters(model):
+            torch.nn.init.normal_(parameter, std=0.2)
+    tokens = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(0))
+    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.15}
+    with torch.inference_mode():
+        expected = model(tokens)
+        places = []
+        for _ in range(2):
+            with ready_layers(model), monkeypatch.context() as patch:
+                for block in model.model.layers:
+                    for unused in (block.self_attn.k_proj, block.mlp.up_proj):
+                        patch.setattr(unused, "forward", None)
+                torch.testing.assert_close(model(tokens), expected, **close)
+            places.append([p.data_ptr() for name, p in model.named_parameters() if "lora" not in name])
+            assert torch.equal(model(tokens), expected)
+    assert places[0] == places[1]
+    model(tokens).sum().backward()
+    gradients = [p.grad.abs().sum() for p in model.parameters() if p.requires_grad and p.grad is not None]
+    assert gradients
+    assert all(gradients)
+    if adapted:
+        remove_adapters(model)
+    save_pretrained(model, None, tmp_path)
+    found = load_model(tmp_path, dtype=dtype).state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in found.items())
 
 
 def test_bfloat16_adapters_stay_apart_and_are_as_exact_as_float32_ones() -> None:
@@ -418,7 +472,7 @@ def test_bfloat16_adapters_stay_apart_and_are_as_exact_as_float32_ones() -> None
                 getattr(wide, name).data = parameter.data.float()
     with torch.no_grad():
         truth, apart = exact(tokens), model(tokens).float()
-        with folded_adapters(model) as folded:
+        with ready_layers(model) as folded:
             assert not folded
             prepared = model(tokens).float()
     assert not torch.equal(prepared, apart)

@@ -7,6 +7,7 @@ E head size, F intermediate size, V vocabulary. Parameter names are those of Hug
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -111,7 +112,13 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+Joint = Callable[[Tensor], Sequence[Tensor]]
+
+
 class Attention(nn.Module):
+    siblings = ("q_proj", "k_proj", "v_proj")  # layers of one input
+    joint: Joint | None = None  # used instead of them, see selfevo.folding
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer = config, layer
@@ -123,10 +130,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         batch, length, _ = x.shape
-        queries, keys, values = (
-            projection(x).view(batch, length, -1, self.config.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        projected = self.joint(x) if self.joint else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        queries, keys, values = (y.view(batch, length, -1, self.config.head_dim).transpose(1, 2) for y in projected)
         queries, keys = rotate(queries, *rope), rotate(keys, *rope)
         if cache is not None:
             keys, values = cache.extend(self.layer, keys, values)
@@ -138,6 +143,9 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
+    siblings = ("gate_proj", "up_proj")
+    joint: Joint | None = None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
@@ -145,7 +153,8 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.joint(x) if self.joint else (self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(swiglu(gate, up))
 
 
 class Block(nn.Module):
