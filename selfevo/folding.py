@@ -28,8 +28,9 @@ def ready_layers(model: nn.Module) -> Iterator[bool]:
     ``MAX_BYTES``, the adapters stay apart, stacked into one in the dtype of the weights: two small products, whose
     rounding is below that of the layer's own result.
 
-    The ``siblings`` of a module, layers of one input, are computed as one, unless only some of them are folded. Their
-    weights are moved to lie side by side, and stay there. Afterwards every tensor holds what it held before.
+    The ``siblings`` of a module, layers of one input, are computed as one where there is one token a row, unless only
+    some of them are folded: fewer calls, and longer reads. Their weights are moved to lie side by side, and stay there.
+    Afterwards every tensor holds what it held before.
     """
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)

@@ -117,7 +117,7 @@ Joint = Callable[[Tensor], Sequence[Tensor]]
 
 class Attention(nn.Module):
     siblings = ("q_proj", "k_proj", "v_proj")  # layers of one input
-    joint: Joint | None = None  # used instead of them, see selfevo.folding
+    joint: Joint | None = None  # used instead of them for one token a row, see selfevo.folding
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -130,7 +130,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Mask, cache: KVCache | None) -> Tensor:
         batch, length, _ = x.shape
-        projected = self.joint(x) if self.joint else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        if self.joint and length == 1:
+            projected = self.joint(x)
+        else:
+            projected = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         queries, keys, values = (y.view(batch, length, -1, self.config.head_dim).transpose(1, 2) for y in projected)
         queries, keys = rotate(queries, *rope), rotate(keys, *rope)
         if cache is not None:
@@ -153,7 +156,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.joint(x) if self.joint else (self.gate_proj(x), self.up_proj(x))
+        gate, up = self.joint(x) if self.joint and x.shape[1] == 1 else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(swiglu(gate, up))
 
 
