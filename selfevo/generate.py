@@ -5,7 +5,6 @@ It knows ids, not text. Notation: R active rows (slots 0..R-1 of the cache), K k
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from selfevo.caches import PrefillCache, Prompt, row_cache
 from selfevo.folding import ready_layers
 from selfevo.graphs import step_graphs
 from selfevo.models.transformer import Transformer
-from selfevo.products import LOGIT_COLUMNS, head_logits
+from selfevo.products import head_logits, logits_room
 from selfevo.sampling import candidates, draw, remember, uniform_noise
 from selfevo.trie import Ids, as_ids, build_trie, pack
 
@@ -140,8 +139,7 @@ class _Decoder:
         longest = max(len(sequence.prompt) for sequence in sequences)
         self.cache = row_cache(model, slots, longest, max_new_tokens)
         self.graphs = step_graphs(model.device)
-        columns = math.ceil(slots / LOGIT_COLUMNS) * LOGIT_COLUMNS
-        self.logits = torch.empty(model.config.vocab_size * columns, dtype=model.dtype, device=model.device)
+        self.logits = logits_room(slots, model.lm_head.weight)
         self.seen = torch.zeros(slots, longest + max_new_tokens, dtype=torch.int64, device=model.device)
         self.keys = torch.zeros(slots, dtype=torch.int64, device=model.device)
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=model.device)  # of what was seen

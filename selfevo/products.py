@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _WIDENED = 64  # rows; so few are widened faster than a float32 factor is split
-LOGIT_COLUMNS = 16  # of which there may be a multiple, see head_logits
+_COLUMNS = 16  # of logits, of which there may be a multiple, see head_logits
 _FEW = 4  # rows; with fewer, a product is no faster with the weights on the left
 
 
@@ -79,14 +79,20 @@ def _from_the_left(count: int, size: int, width: int, units: bool) -> bool:
     return size != width and 16 <= count <= min(256 if units else 64, size / 4)
 
 
+def logits_room(rows: int, weight: Tensor) -> Tensor:
+    """What :func:`head_logits` needs for up to so many rows."""
+    return weight.new_empty(len(weight) * math.ceil(rows / _COLUMNS) * _COLUMNS)
+
+
 def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Hidden states (R, D), head (V, D) -> logits (V, R) of their dtype, written to the first numbers of ``out``.
+    """Hidden states (R, D), head (V, D) -> logits (V, R) of their dtype, written to the first numbers of ``out``, a
+    :func:`logits_room`.
 
     With the head as the left factor, the product takes half the time in bfloat16, and four fifths in float32. There,
     many rows are filled up to a multiple of 16, which can save a quarter: columns from the R-th on mean nothing.
     """
-    if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and len(hidden) > 3 * LOGIT_COLUMNS:
-        hidden = F.pad(hidden, (0, 0, 0, -len(hidden) % LOGIT_COLUMNS))
+    if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and len(hidden) > 3 * _COLUMNS:
+        hidden = F.pad(hidden, (0, 0, 0, -len(hidden) % _COLUMNS))
     logits = out[: len(weight) * len(hidden)].view(len(weight), -1)
     if hidden.device.type == "cpu" and len(hidden) < _FEW:
         return logits.copy_(linear(hidden, weight).t())

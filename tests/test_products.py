@@ -11,7 +11,7 @@ from torch import nn
 
 from selfevo import products as room
 from selfevo.lora import inject_lora, merge_adapters
-from selfevo.products import Linear, add_product, head_logits, linear, product
+from selfevo.products import Linear, add_product, head_logits, linear, logits_room, product
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_layers_keep_their_kind_when_adapters_come_and_go() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_has_a_column_of_logits_for_each_row(dtype: torch.dtype) -> None:
     hidden, weight = torch.randn(70, 5, dtype=dtype), torch.randn(23, 5, dtype=dtype)
-    out = torch.full((80 * 23,), torch.nan, dtype=dtype)
+    out = logits_room(70, weight).fill_(torch.nan)
     for rows in (70, 64, 49, 48, 7, 4, 3, 2, 1):
         found = head_logits(hidden[:rows], weight, out)
         assert found.is_contiguous()
