@@ -26,12 +26,12 @@ from contest import GIB, Contender, Work, compete, spread
 from shapes import SHAPES, dialogue_pairs, write_random
 from train import ALPHA, LINEARS, RANK, device_and_dtype
 
-from selfevo import caches
-from selfevo import generate as room
 from selfevo.generate import Sampling, generate
+from selfevo.generate import cache as caches
+from selfevo.generate import decoder as room
 from selfevo.lora import inject_lora
 from selfevo.models import load_model, load_tokenizer
-from selfevo.train import keep_freed_memory
+from selfevo.training import keep_freed_memory
 from selfevo.trie import build_trie
 
 Job = list[list[int]]  # prompts
@@ -64,7 +64,7 @@ def selfevo_decoder(folder: str, dtype: str, new: int, batch: int, adapters: boo
         inject_lora(model, RANK, ALPHA)
     timers, prefilled = Timers(), [0]
     slots = {"busy": 0, "slots": 0}  # summed over the decode steps of which prompts were waiting
-    prefill, decode, extend = room._Decoder._prefill, room._Decoder._decode, caches.PrefillCache.extend
+    prefill, decode, extend = room._Decoder._prefill, room._Decoder._decode, caches.Prefill.extend
 
     def counted(self: Any, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Any:
         prefilled[0] += keys.shape[2] if layer == 0 else 0
@@ -80,7 +80,7 @@ def selfevo_decoder(folder: str, dtype: str, new: int, batch: int, adapters: boo
     room._Decoder._decode = timers.around("decode", watched)  # type: ignore[method-assign]
     room._Decoder._accept = timers.around("head and sampling", room._Decoder._accept)  # type: ignore[method-assign]
     room.Sampling.choose = timers.around("sampling", room.Sampling.choose)  # type: ignore[method-assign]
-    caches.PrefillCache.extend = counted  # type: ignore[method-assign]
+    caches.Prefill.extend = counted  # type: ignore[method-assign]
 
     def work(job: Job) -> dict[str, float]:
         timers.seconds.clear()

@@ -21,7 +21,7 @@ from sacrebleu.metrics.bleu import BLEU
 
 from selfevo import metrics
 from selfevo.datasets import load_dialogues
-from selfevo.tokens import tokenize_13a
+from selfevo.metrics import tokenize_13a
 
 Texts = list[str]
 Measure = Callable[[Texts, Texts], float]

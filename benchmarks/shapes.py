@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from selfevo.datasets import load_dialogues
+from selfevo.datasets.prompts import reply_prompt
 from selfevo.dialogue import clean_dialogue, reply_examples, to_messages
 from selfevo.models import ChatTokenizer, ModelConfig, Transformer, save_pretrained
-from selfevo.objectives import PairIds
-from selfevo.prompts import reply_prompt
+from selfevo.training import PairIds
 
 SMALL = ModelConfig(
     family="qwen2", vocab_size=151936, hidden_size=512, intermediate_size=1408, num_layers=12, num_heads=8,

@@ -31,9 +31,9 @@ from selfevo import scoring
 from selfevo.lora import inject_lora
 from selfevo.losses import dpo_sft_loss
 from selfevo.models import load_model, load_tokenizer
-from selfevo.objectives import DPOObjective, PairIds, both_sides, reference_logps
-from selfevo.train import TrainSettings, keep_freed_memory, train
-from selfevo.trie import Ids, TokenTrie, build_trie
+from selfevo.training import DPOObjective, PairIds, TrainSettings, both_sides, keep_freed_memory, reference_logps, train
+from selfevo.trie import TokenTrie, build_trie
+from selfevo.trie.trie import Ids
 
 RANK, ALPHA, BETA, GAMMA, RATE = 8, 16, 0.1, 1.0, 5e-6
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

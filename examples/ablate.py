@@ -29,12 +29,12 @@ from typing import Any
 import iterate
 
 from selfevo.dialogue import to_messages
-from selfevo.evaluate import evaluate_model
-from selfevo.evolve import EvolveConfig, evolve, read_corpus
+from selfevo.evaluation.tables import markdown_table
+from selfevo.evolve import EvolveConfig, evolve, load_backbone, read_corpus
+from selfevo.evolve.evaluate import evaluate_model
+from selfevo.evolve.run import check_run
 from selfevo.files import read_json, read_jsonl, write_text
 from selfevo.lora import load_adapter, remove_adapters
-from selfevo.markup import markdown_table
-from selfevo.stages import check_run, load_backbone
 
 sys.path.insert(0, str(iterate.HERE))
 import show

@@ -17,15 +17,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from selfevo.evolve import EvolveConfig
+from selfevo.datasets.encoding import fit_prompt
+from selfevo.datasets.prompts import reply_prompt
+from selfevo.evolve import EvolveConfig, RunError, load_backbone
+from selfevo.evolve.refine import RefineSettings
+from selfevo.evolve.reflection import parse_reflection, reflection_prompt
 from selfevo.files import read_json
 from selfevo.generate import generate
 from selfevo.lora import load_adapter
 from selfevo.models import ChatTokenizer, Transformer
-from selfevo.prompts import reflection_prompt, reply_prompt
-from selfevo.refine import RefineSettings, parse_reflection
-from selfevo.replies import fit_prompt
-from selfevo.stages import RunError, load_backbone
 
 Messages = list[dict[str, str]]
 

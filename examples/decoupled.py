@@ -28,14 +28,17 @@ from typing import Any
 
 import iterate
 
-from selfevo.decoupled_run import DecoupledConfig, decouple
-from selfevo.endpoint import Endpoint, EndpointSettings, LocalResponder, Responder
+from selfevo.decoupled import DecoupledConfig, decouple
+from selfevo.decoupled.evaluate import table_of
+from selfevo.decoupled.mining import ErrorFinder, find_errors
+from selfevo.evaluation.ask_json import Responder
+from selfevo.evaluation.endpoint import Endpoint, EndpointSettings
+from selfevo.evaluation.local_responder import LocalResponder
+from selfevo.evolve import load_backbone
+from selfevo.evolve.run import check_run
 from selfevo.files import read_json, write_text
 from selfevo.generate import Sampling
-from selfevo.mining import ErrorFinder, find_errors
-from selfevo.stages import check_run, load_backbone
-from selfevo.support_scores import table_of
-from selfevo.train import keep_freed_memory
+from selfevo.training import keep_freed_memory
 
 sys.path.insert(0, str(iterate.HERE))
 import strategies

@@ -23,23 +23,17 @@ from typing import Any
 
 import iterate
 
-from selfevo.corpus import load_test
+from selfevo.datasets.corpus import load_test
 from selfevo.dialogue import Example
-from selfevo.evaluate import (
-    answered_models,
-    compare_models,
-    evaluate_model,
-    interval_table,
-    read_examples,
-    score_answers,
-    significance_table,
-)
-from selfevo.evolve import EvolveConfig
+from selfevo.evaluation.columns import BERT_MODEL, CONVENTIONS, EXTRAS
+from selfevo.evaluation.folder import answered_models, read_examples
+from selfevo.evaluation.score import compare_models, score_answers
+from selfevo.evaluation.tables import interval_table, significance_table
+from selfevo.evolve import EvolveConfig, RunError, load_backbone
+from selfevo.evolve.evaluate import evaluate_model
 from selfevo.files import read_json, write_text
 from selfevo.lora import load_adapter, remove_adapters
-from selfevo.scores import BERT_MODEL, CONVENTIONS, EXTRAS
-from selfevo.stages import RunError, load_backbone
-from selfevo.train import keep_freed_memory
+from selfevo.training import keep_freed_memory
 
 PROMPTS = ("plain", "strategies", "reflection")
 # The settings of iterate.py that say how replies are drawn and where; a run's own are taken where it has them.

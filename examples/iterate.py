@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
+from selfevo.evaluation.report import write_report
 from selfevo.evolve import EvolveConfig, evolve
+from selfevo.models.checkpoint import read_config
 from selfevo.models.hub import locate
-from selfevo.models.loading import read_config
-from selfevo.models.memory import describe_memory, estimate_memory
-from selfevo.report import write_report
-from selfevo.train import keep_freed_memory
+from selfevo.training import describe_memory, estimate_memory, keep_freed_memory
 
 HERE = Path(__file__).resolve().parent / "embedded"
 # The embedded backbone has some 10,000 times fewer parameters than the paper's, and learns at rates to match.

@@ -21,14 +21,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from selfevo.dialogue import Example
-from selfevo.endpoint import Endpoint, EndpointSettings, LocalResponder, Responder
-from selfevo.evaluate import answered_models, read_answers
+from selfevo.evaluation import pearson
+from selfevo.evaluation.ask_json import Responder
+from selfevo.evaluation.endpoint import Endpoint, EndpointSettings
+from selfevo.evaluation.folder import answered_models, read_answers
+from selfevo.evaluation.judge import ASPECTS, Aspect, Judgement, judge_replies, load_aspects, summarise
+from selfevo.evaluation.local_responder import LocalResponder
+from selfevo.evaluation.tables import markdown_table
+from selfevo.evolve import RunConfig, load_backbone
 from selfevo.files import FileError, read_json, read_records, write_json, write_jsonl, write_text
 from selfevo.generate import Sampling
-from selfevo.judge import ASPECTS, Aspect, Judgement, judge_replies, load_aspects, summarise
-from selfevo.markup import markdown_table
-from selfevo.significance import pearson
-from selfevo.stages import RunConfig, load_backbone
 
 Scores = Mapping[tuple[str, str], Mapping[str, float]]  # (model, id of the test turn) -> aspect -> score
 

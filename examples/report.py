@@ -11,11 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from selfevo.analysis import Embed, hidden_state_embedder
-from selfevo.evolve import EvolveConfig
+from selfevo.evaluation.report import write_report
+from selfevo.evaluation.report.analysis import Embed, hidden_state_embedder
+from selfevo.evolve import EvolveConfig, load_backbone
 from selfevo.files import read_json
-from selfevo.report import write_report
-from selfevo.stages import load_backbone
 
 
 def backbone_embedder(run: Path) -> Embed:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal, TypeVar
@@ -22,6 +22,7 @@ __all__ = [
     "Example",
     "Instruction",
     "Message",
+    "Messages",
     "Speaker",
     "Turn",
     "clean_dialogue",
@@ -30,13 +31,12 @@ __all__ = [
     "strategy_name",
     "to_messages",
 ]
-
 Speaker = Literal["seeker", "supporter"]
 # {"role": "system" | "user" | "assistant", "content": text}. A TypedDict would not pass as a Mapping[str, str], which
 # is all that templates and prompts ask for.
 Message = dict[str, str]
+Messages = Sequence[Mapping[str, str]]  # a conversation that is only read
 T = TypeVar("T")
-
 ESCONV_STRATEGIES: tuple[str, ...] = (
     "Question",
     "Restatement or Paraphrasing",

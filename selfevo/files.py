@@ -26,9 +26,7 @@ __all__ = [
     "write_jsonl",
     "write_text",
 ]
-
 StrPath = str | os.PathLike[str]
-
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,13 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfevo.lowrank import adapted_linear
-from selfevo.products import Linear, linear
+from selfevo.kernels.linear import Linear, linear
+from selfevo.kernels.lowrank import adapted_linear
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-
 # Entries of PEFT's configuration that describe the file or are read below. Any other entry that is switched on changes
 # what the adapter computes, in a way this module does not, and is refused.
 _UNDERSTOOD = {
@@ -38,7 +37,6 @@ _UNDERSTOOD = {
 }  # fmt: skip
 # Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, LoftQ, ...) need a changed base.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
-
 L = TypeVar("L", bound=nn.Linear)
 
 
@@ -48,8 +46,6 @@ class LoRALinear(nn.Linear):
     Adapters are float32 (float64 under a float64 base) and so are their products; the sum is rounded to the base's
     dtype once. Dropout acts on the input of the trainable adapter only, and only in training mode.
     """
-
-    prepared: tuple[Tensor, Tensor] | None = None  # (I, R + r) and (R + r, O), used instead; see selfevo.folding
 
     def __init__(
         self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, *, generator: torch.Generator
@@ -96,10 +92,6 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        if self.prepared is not None:
-            a, b = self.prepared
-            rows = x.reshape(-1, self.in_features)
-            return linear(rows, self.weight, self.bias).addmm_(rows @ a, b).view(*x.shape[:-1], self.out_features)
         if not (self.adapter_enabled or len(self.frozen_A)):
             return linear(x, self.weight, self.bias)
         # Beside a frozen stack a disabled adapter is one of zeros, of the same shape: policy and reference then agree
@@ -137,13 +129,13 @@ def _matches(name: str, targets: Collection[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def _swap(model: nn.Module, replacements: dict[nn.Module, nn.Linear]) -> None:
+def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Put each replacement wherever its key is registered, also where one module is registered twice."""
     if model in replacements:
         raise ValueError("the model is itself a linear layer and cannot be replaced in place: wrap it in a module")
     for parent in list(model.modules()):
         for key, child in list(parent._modules.items()):
-            if child in replacements:
+            if child is not None and child in replacements:
                 parent._modules[key] = replacements[child]
 
 
@@ -182,7 +174,7 @@ def _inject(model: nn.Module, names: list[str], rank: int, alpha: float, dropout
     if not names:
         raise ValueError("there is no linear layer to adapt")
     generator = torch.Generator().manual_seed(seed)
-    replacements: dict[nn.Module, nn.Linear] = {}
+    replacements: dict[nn.Module, nn.Module] = {}
     for name in names:
         base = model.get_submodule(name)
         if _is_head(name):
@@ -190,7 +182,7 @@ def _inject(model: nn.Module, names: list[str], rank: int, alpha: float, dropout
         if not isinstance(base, nn.Linear) or type(base) not in (nn.Linear, Linear):
             raise ValueError(f"{name} is a {type(base).__name__}, not a plain nn.Linear: it cannot be adapted")
         replacements[base] = LoRALinear(base, rank, alpha, dropout, generator=generator)
-    _swap(model, replacements)
+    swap_modules(model, replacements)
     model.requires_grad_(False)
     for factor in lora_parameters(model):
         factor.requires_grad_(True)
@@ -266,13 +258,13 @@ def merge_adapters(model: nn.Module) -> float:
         stored = exact.to(layer.weight.dtype)
         size = update.norm().item()
         worst = max(worst, (stored - exact).norm().item() / size if size else 0.0)
-        _swap(model, {layer: _plain(layer, nn.Parameter(stored, requires_grad=False))})
+        swap_modules(model, {layer: _plain(layer, nn.Parameter(stored, requires_grad=False))})
     return worst
 
 
 def remove_adapters(model: nn.Module) -> None:
     """Drop every adapter, frozen and trainable, and with them what was learnt: the bare base model, still frozen."""
-    _swap(model, {layer: _plain(layer, layer.weight) for layer in _layers(model, LoRALinear).values()})
+    swap_modules(model, {layer: _plain(layer, layer.weight) for layer in _layers(model, LoRALinear).values()})
 
 
 def _plain(layer: LoRALinear, weight: Tensor) -> nn.Linear:

@@ -8,9 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfevo.losses import linear_logps
+from selfevo.kernels.head import linear_logps
 from selfevo.models.transformer import Transformer
-from selfevo.trie import as_ids, build_trie, pack
+from selfevo.trie.attention import TreeContext
+from selfevo.trie.packing import pack
+from selfevo.trie.trie import as_ids, build_trie
 
 Example = tuple[Sequence[int], Sequence[int]]  # prompt ids, response ids
 MAX_TOKENS = 4096  # of one packed row: attention is quadratic in it, the rest of the work linear
@@ -43,7 +45,7 @@ def _packed_logps(model: Transformer, examples: Sequence[Example]) -> Tensor:
     trie = build_trie([[*prompt, *response[:-1]] for prompt, response in examples])
     device = model.device
     tokens, positions = trie.tokens.to(device)[None], trie.positions.to(device)[None]
-    hidden = model.hidden_states(tokens, positions, trie.mask(device))[0]
+    hidden = model.hidden_states(tokens, positions, TreeContext(trie, device))[0]
     rows = np.concatenate([path[len(prompt) - 1 :] for path, (prompt, _) in zip(trie.paths, examples)])
     targets = np.concatenate([as_ids(response) for _, response in examples])
     owners = np.repeat(np.arange(len(examples)), [len(response) for _, response in examples])

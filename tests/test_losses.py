@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from selfevo.losses import dpo_loss, dpo_sft_loss, linear_logps, sequence_logps
+from selfevo.kernels.head import linear_logps
+from selfevo.losses import dpo_loss, dpo_sft_loss, sequence_logps
 
 Row = tuple[float, ...]  # policy and reference log-probabilities of one pair, in the order of the arguments
 Quartet = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -15,8 +15,9 @@ import words as w
 import world
 from world import KINDS, OPENERS, Dialogue
 
+from selfevo.datasets.prompts import REPLY_STYLES, reply_prompt
+from selfevo.evolve.reflection import reflection_prompt
 from selfevo.models import ChatTokenizer
-from selfevo.prompts import REPLY_STYLES, reflection_prompt, reply_prompt
 
 Messages = list[dict[str, str]]
 Example = tuple[Messages, str]  # prompt, answer

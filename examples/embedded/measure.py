@@ -20,10 +20,11 @@ import words as w
 import world
 from world import Dialogue
 
+from selfevo.datasets.prompts import reply_prompt
+from selfevo.evolve.refine import LENGTH_RATIO
+from selfevo.evolve.reflection import Reflection, parse_reflection, reflection_prompt
 from selfevo.generate import Sampling, generate
 from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
-from selfevo.prompts import Reflection, reflection_prompt, reply_prompt
-from selfevo.refine import LENGTH_RATIO, parse_reflection
 
 HERE = Path(__file__).parent
 GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0)

@@ -16,7 +16,7 @@ from pathlib import Path
 import world
 
 from selfevo.dialogue import Example, to_messages
-from selfevo.evaluate import read_examples
+from selfevo.evaluation.folder import read_examples
 from selfevo.files import read_json, read_jsonl
 
 SAMPLES = 3

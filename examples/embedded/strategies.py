@@ -25,7 +25,7 @@ import words as w
 import world
 from world import OPENERS, Dialogue, Reply, SeekerTurn
 
-from selfevo.mining import Case
+from selfevo.decoupled.mining import Case
 
 COUNTS = {"strategies": 200, "strategies_test": 60}
 SPLITS = {"strategies": "human", "strategies_test": "test"}

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfevo.models import ChatTokenizer, ModelConfig, Transformer
-from selfevo.trie import build_trie
+from selfevo.trie import TreeContext, build_trie
 
 HEAD_SIZE = 32
 # Keeps log-sum-exp near 0, so that sure tokens have logits near 0. A repetition penalty multiplies and divides logits,
@@ -83,7 +83,7 @@ def token_losses(model: Transformer, row: Row) -> tuple[Tensor, Tensor, Tensor]:
     trie = build_trie([prompt + answer[:-1] for prompt, answer in row])
     nodes = np.concatenate([path[len(prompt) - 1 :] for path, (prompt, _) in zip(trie.paths, row)])
     targets = torch.tensor([token for _, answer in row for token in answer])
-    hidden = model.hidden_states(trie.tokens[None], trie.positions[None], trie.mask())[0]
+    hidden = model.hidden_states(trie.tokens[None], trie.positions[None], TreeContext(trie))[0]
     logits = model.lm_head(hidden[torch.from_numpy(nodes)])
     sizes = logits.logsumexp(dim=1)
     losses = sizes - logits.gather(1, targets[:, None])[:, 0] + CENTRING * sizes.square()

@@ -1,9 +1,10 @@
 """Backbones: one transformer, three families, their tokenizers and chat formats."""
 
+from selfevo.models.checkpoint import load_model, save_pretrained
 from selfevo.models.hub import CheckpointError
-from selfevo.models.loading import load_model, save_pretrained
+from selfevo.models.model_config import ModelConfig
 from selfevo.models.tokenizer import ChatTokenizer, TokenizerError, load_tokenizer
-from selfevo.models.transformer import ModelConfig, Transformer
+from selfevo.models.transformer import Transformer
 
 __all__ = [
     "ChatTokenizer",

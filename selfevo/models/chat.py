@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol
 
-Messages = Sequence[Mapping[str, str]]
+from selfevo.dialogue import Messages
+
 ROLES = ("system", "user", "assistant")
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from selfevo.models.chat import Codec, Messages, check_messages
-from selfevo.models.config import ConfigReader, read_common, write_common
-from selfevo.models.transformer import ModelConfig
+from selfevo.dialogue import Messages
+from selfevo.models.chat import Codec, check_messages
+from selfevo.models.hf_config import ConfigReader, read_common, write_common
+from selfevo.models.model_config import ModelConfig
 
 
 def read_config(reader: ConfigReader) -> ModelConfig:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 
 import tokenizers
 
-from selfevo.models.chat import ChatFormat, Messages, PlainChat
+from selfevo.dialogue import Messages
+from selfevo.models.chat import ChatFormat, PlainChat
 from selfevo.models.hub import locate
 from selfevo.models.llama import Llama3Chat
 from selfevo.models.mistral import MistralChat

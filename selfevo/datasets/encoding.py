@@ -1,0 +1,34 @@
+"""Conversations as ids that fit the model's window."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from selfevo.dialogue import Messages
+from selfevo.models.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True)
+class FittedPrompt:
+    """A prompt's ids after the oldest turns were dropped; ``ids`` is None where even the shortest form is too long."""
+
+    ids: list[int] | None
+    turns_dropped: int
+
+
+def fit_prompt(tokenizer: ChatTokenizer, messages: Messages, room: int, *, keep_last: int = 1) -> FittedPrompt:
+    """Ids of a conversation within ``room`` tokens: whole exchanges are dropped, the oldest first.
+
+    The system message and the ``keep_last`` last messages always stay: 1 for a reply (the user's turn), 3 for a
+    reflection (the user's turn, the reply, the request).
+    """
+    has_system = bool(messages) and messages[0]["role"] == "system"
+    head, spoken = list(messages[:1] if has_system else []), list(messages[1:] if has_system else messages)
+    dropped = 0
+    while True:
+        ids = tokenizer.encode_chat([*head, *spoken[dropped:]])
+        if len(ids) <= room:
+            return FittedPrompt(ids, dropped)
+        if len(spoken) - dropped - 2 < keep_last:
+            return FittedPrompt(None, dropped)
+        dropped += 2

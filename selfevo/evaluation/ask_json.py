@@ -1,0 +1,92 @@
+"""Asking a model for JSON, again where the answer cannot be used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from selfevo.dialogue import Messages
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back: a text, or None and the reason in a word ("http_500", "timeout", "connection", "not_json",
+    "malformed", "too_long"). ``error`` is "cut_at_limit" beside a text that the token limit ended."""
+
+    text: str | None
+    error: str = ""
+
+
+class Responder(Protocol):
+    """Answers conversations, in order; ``attempt`` asks for a new answer where an earlier one could not be used."""
+
+    @property
+    def name(self) -> str: ...
+    def answer(self, conversations: Sequence[Messages], *, attempt: int = 1, label: str = "") -> list[Answer]: ...
+
+
+def request_hash(request: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+
+
+T = TypeVar("T")
+TRIES = 3  # askings for one usable judgement
+_FENCED = re.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", re.DOTALL)
+
+
+class UnusableAnswerError(ValueError):
+    """A judge's answer that breaks the rules; the message is the reason in a word or two, to be counted."""
+
+
+def ask_json(
+    responder: Responder,
+    conversations: Sequence[Sequence[Mapping[str, str]]],
+    read: Callable[[Mapping[str, Any]], T],
+    counts: Counter[str],
+    *,
+    tries: int = TRIES,
+    label: str = "",
+) -> list[T | None]:
+    """What ``read`` makes of each answer's JSON object; an unusable answer is asked for again, up to ``tries`` times.
+
+    ``read`` raises UnusableAnswerError for an object that breaks its rules. Counts ``answered``, ``given_up`` and the
+    reason of every failed try.
+    """
+    found: list[T | None] = [None] * len(conversations)
+    pending = list(range(len(conversations)))
+    for attempt in range(1, tries + 1):
+        if not pending:
+            break
+        name = label if attempt == 1 else f"{label}, try {attempt}"
+        answers = responder.answer([conversations[i] for i in pending], attempt=attempt, label=name)
+        again = []
+        for index, answer in zip(pending, answers):
+            try:
+                if answer.text is None or answer.error:
+                    raise UnusableAnswerError(answer.error or "no_answer")
+                found[index] = read(json_object(answer.text))
+            except UnusableAnswerError as error:
+                counts[str(error)] += 1
+                again.append(index)
+        pending = again
+    counts["answered"] += len(conversations) - len(pending)
+    counts["given_up"] += len(pending)
+    return found
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The one JSON object that an answer consists of, a code fence around it allowed; nothing is mended."""
+    text = text.strip()
+    fenced = _FENCED.match(text)
+    try:
+        value = json.loads(fenced[1] if fenced else text)
+    except (ValueError, RecursionError) as error:
+        raise UnusableAnswerError("not_json") from error
+    if not isinstance(value, dict):
+        raise UnusableAnswerError("not_an_object")
+    return value

@@ -1,0 +1,95 @@
+"""The layout of an evaluation folder and of a run folder: test turns, replies, stages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from selfevo.dialogue import Example, Turn, to_messages
+from selfevo.files import FileError, read_jsonl, write_jsonl
+
+_STAGE = re.compile(r"M(0|[1-9]\d*)")
+
+
+def is_stage(name: str) -> bool:
+    """Whether a name is that of a model of the loop: M0, M1, ..."""
+    return _STAGE.fullmatch(name) is not None
+
+
+def stage_names(run: Path) -> list[str]:
+    """The stages that have a folder in a run, in order: ``["M0", "M1", "M2"]``."""
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run}: is no run folder (it has no config.json); give one that examples/iterate.py wrote")
+    found = [path.name for path in run.iterdir() if path.is_dir() and is_stage(path.name)]
+    return sorted(found, key=lambda name: int(name[1:]))
+
+
+def read_replies(path: Path) -> list[str | None]:
+    """The texts of a ``NAME.replies.jsonl``, in the order of the test turns; None where the prompt did not fit."""
+    try:
+        return [record["text"] for record in read_jsonl(path)]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: holds no replies as written by this library: {error!r}") from error
+
+
+def write_examples(folder: Path, examples: Sequence[Example]) -> None:
+    """Keeps the test turns in ``folder``; raises FileError where it holds answers to other ones."""
+    path = folder / "examples.jsonl"
+    records = [
+        {
+            "id": example.id,
+            "dialogue": example.dialogue,
+            "turn": example.turn,
+            "context": to_messages(example.context),
+            "golden": example.golden.text,
+            "strategies": list(example.golden.strategies),
+        }
+        for example in examples
+    ]
+    if not path.is_file():
+        write_jsonl(path, records)
+    elif read_jsonl(path) != records:
+        raise FileError(f"{path}: holds other test turns; give another folder, or the same test file and limit")
+
+
+def read_examples(folder: Path) -> list[Example]:
+    """The test turns of an evaluation folder."""
+    path = folder / "examples.jsonl"
+    examples = []
+    for index, record in enumerate(read_jsonl(path)):
+        try:
+            context = tuple(
+                Turn("seeker" if message["role"] == "user" else "supporter", message["content"])
+                for message in record["context"]
+            )
+            golden = Turn("supporter", record["golden"], tuple(record["strategies"]))
+            examples.append(Example(record["dialogue"], record["turn"], context, golden))
+        except (KeyError, TypeError) as error:
+            raise FileError(f"{path}: record {index} is not a test turn of this library: {error!r}") from error
+    return examples
+
+
+def read_answers(folder: Path, name: str) -> list[tuple[Example, str]]:
+    """The test turns that a model answered, with its replies; those that did not fit into its window are left out."""
+    examples, path = read_examples(folder), folder / f"{name}.replies.jsonl"
+    records = read_jsonl(path)
+    if len(records) != len(examples):
+        raise FileError(f"{path}: holds {len(records)} of {len(examples)} replies; let the model answer to the end")
+    answers = [(e, str(r["text"])) for e, r in zip(examples, records) if r["text"] is not None]
+    if not answers:
+        raise FileError(f"{path}: none of the {len(examples)} test contexts fits into the model's window")
+    return answers
+
+
+def answered_models(folder: Path) -> list[str]:
+    """The models whose replies are in an evaluation folder, in the order of their names."""
+    names = sorted(path.name.removesuffix(".replies.jsonl") for path in folder.glob("*.replies.jsonl"))
+    if not names:
+        raise FileError(f"{folder}: holds no replies of a model (*.replies.jsonl); is this a run folder's eval?")
+    return names
+
+
+def stage_order(name: str) -> tuple[bool, int, str]:
+    """A sort key: M0, M1, .. M10, then other names."""
+    return (not is_stage(name), int(name[1:]) if is_stage(name) else 0, name)

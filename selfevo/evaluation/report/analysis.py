@@ -1,0 +1,250 @@
+"""What a run's pairs and replies look like: similarities (Figure 5, Section 5.2), lengths, frequent phrases (Figure 6).
+
+Notation: N pairs or texts, D the size of an embedding. A similarity is a cosine; by default of TF-IDF vectors, so 0..1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from selfevo.datasets.pairs import Pair, read_pairs
+from selfevo.evaluation.folder import stage_names
+from selfevo.evaluation.significance import bootstrap_interval
+from selfevo.metrics import tokenize_words
+from selfevo.models.tokenizer import ChatTokenizer
+from selfevo.models.transformer import Transformer
+
+Values = NDArray[np.float64]
+Embed = Callable[[Sequence[str]], Values]  # N texts -> (N, D)
+PHRASE_SIZES = (2, 3, 4)  # words
+_SAME = 0.9  # share of replies from which two phrases count as one
+_SENTENCE_END = re.compile(r"[.!?…]+|\n")
+_SPOKEN_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A sample (N,), its mean, median, and the bootstrap interval of the mean (95 %): ``low`` to ``high``."""
+
+    values: Values
+    mean: float
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PairAnalysis:
+    """The pairs of one iteration. The first four are cosines or differences of them, the lengths count words."""
+
+    stage: str
+    chosen_relevance: Summary  # of the chosen replies to what the user has said
+    rejected_relevance: Summary
+    relevance_gain: Summary  # chosen minus rejected, pair by pair
+    similarity: Summary  # between chosen and rejected
+    chosen_length: Summary
+    rejected_length: Summary
+    golden_length: Summary
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """``words`` joined by spaces, and the number of replies that hold them."""
+
+    words: str
+    replies: int
+
+
+class TfIdf:
+    """Cosines between texts as bags of words, rare words weighing more.
+
+    A text's weight for a word is its count in the text times ln((1 + M) / (1 + m)) + 1, where m of the M ``documents``
+    hold the word; words are those of ``tokenize_words`` (lower-cased). A word that no document holds is ignored. This
+    is scikit-learn's ``TfidfVectorizer`` with that tokenizer.
+    """
+
+    def __init__(self, documents: Sequence[str]) -> None:
+        # No sets: their order, and so the rounding of sums, would change from process to process.
+        held = Counter(word for text in documents for word in dict.fromkeys(tokenize_words(text)))
+        self._index = {word: index for index, word in enumerate(held)}
+        counts = np.fromiter(held.values(), dtype=np.float64, count=len(held))
+        self._idf = np.log((1 + len(documents)) / (1 + counts)) + 1
+
+    def __call__(self, left: Sequence[str], right: Sequence[str]) -> Values:
+        """N texts and N texts -> (N,) cosines, 0..1; 0 where one of the two has no known word."""
+        if len(left) != len(right):
+            raise ValueError(f"texts should come in pairs; there are {len(left)} and {len(right)}")
+        (keys, weights), (other_keys, other_weights) = self._vectors(left), self._vectors(right)
+        shared, at, other_at = np.intersect1d(keys, other_keys, assume_unique=True, return_indices=True)
+        products = weights[at] * other_weights[other_at]
+        cosines = np.bincount(shared // self._size, weights=products, minlength=len(left))
+        return np.minimum(cosines, 1.0)  # rounding may exceed it
+
+    @property
+    def _size(self) -> int:
+        return max(1, len(self._index))
+
+    def _vectors(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], Values]:
+        """The non-zero entries of the texts' unit vectors: sorted keys (row * vocabulary + word) and weights."""
+        found = [
+            row * self._size + self._index[word]
+            for row, text in enumerate(texts)
+            for word in tokenize_words(text)
+            if word in self._index
+        ]
+        keys, counts = np.unique(np.asarray(found, dtype=np.int64), return_counts=True)
+        rows, words = np.divmod(keys, self._size)
+        weights = counts * self._idf[words]
+        norms = np.sqrt(np.bincount(rows, weights=weights**2, minlength=len(texts)))
+        return keys, weights / norms[rows]
+
+
+def hidden_state_embedder(
+    model: Transformer, tokenizer: ChatTokenizer, *, batch_size: int = 16, progress: bool = True
+) -> Embed:
+    """Embeds a text as the mean of its final hidden states, (N, D) with D the model's hidden size.
+
+    The text is read alone, without chat markers; one longer than the window keeps its last tokens, one without tokens
+    is a zero vector. Cosines of such means lie close together and near 1: only their order and differences tell.
+    """
+
+    @torch.no_grad()
+    def embed(texts: Sequence[str]) -> Values:
+        ids = [tokenizer.encode(text)[-model.config.max_positions :] for text in texts]
+        order = sorted((index for index in range(len(ids)) if ids[index]), key=lambda index: len(ids[index]))
+        result = np.zeros((len(texts), model.config.hidden_size))
+        for start in tqdm(range(0, len(order), batch_size), desc="embedding texts", unit="batch", disable=not progress):
+            members = order[start : start + batch_size]
+            lengths = torch.tensor([len(ids[index]) for index in members])
+            rows = torch.zeros(len(members), int(lengths.max()), dtype=torch.int64)
+            for row, index in enumerate(members):
+                rows[row, : lengths[row]] = torch.tensor(ids[index])
+            # Pads come last and attention is causal, so no text sees them.
+            states = model.hidden_states(rows.to(model.device)).float().cpu()
+            real = torch.arange(rows.shape[1]) < lengths[:, None]
+            result[members] = ((states * real[:, :, None]).sum(1) / lengths[:, None]).numpy()
+        return result
+
+    return embed
+
+
+def cosines(left: Values, right: Values) -> Values:
+    """Row by row: (N, D), (N, D) -> (N,) in -1..1; 0 where a row is all zeros."""
+    norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    products = (left * right).sum(axis=1)
+    return np.clip(np.divide(products, norms, out=np.zeros_like(products), where=norms > 0), -1, 1)
+
+
+def summarise(values: Values, groups: Sequence[str]) -> Summary:
+    """Mean, median and interval of (N,) values; whole ``groups`` (dialogues) are drawn: their pairs share context.
+
+    Raises ValueError for no values, or another number of groups.
+    """
+    low, high = bootstrap_interval(values, groups)
+    return Summary(values, float(values.mean()), float(np.median(values)), low, high)
+
+
+def analyse_pairs(run: Path, *, embed: Embed | None = None) -> list[PairAnalysis]:
+    """Figure 5: the preference pairs of every iteration of a run that has some.
+
+    A reply is compared with the user's statements, all user turns of its prompt read as one text. Without ``embed``
+    the measure is ``TfIdf``; its documents are the statements, the chosen and the rejected reply of every pair of all
+    iterations (a text counts as often as it occurs).
+    """
+    stored = [(name, run / name / "pairs.jsonl") for name in stage_names(run)]
+    stages = [(name, read_pairs(path)) for name, path in stored if path.is_file()]
+    stages = [(name, pairs) for name, pairs in stages if pairs]
+    tfidf = TfIdf([text for _, pairs in stages for p in pairs for text in (user_statements(p), p.chosen, p.rejected)])
+    return [_analyse(name, pairs, tfidf, embed) for name, pairs in stages]
+
+
+def user_statements(pair: Pair) -> str:
+    """All that the user has said up to the reply, a turn a line."""
+    return "\n".join(message["content"] for message in pair.prompt if message["role"] == "user")
+
+
+def _analyse(stage: str, pairs: Sequence[Pair], tfidf: TfIdf, embed: Embed | None) -> PairAnalysis:
+    groups = [pair.dialogue for pair in pairs]
+    statements = [user_statements(pair) for pair in pairs]
+    chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+    if embed is None:
+        relevance, rejected_relevance = tfidf(statements, chosen), tfidf(statements, rejected)
+        similarity = tfidf(chosen, rejected)
+    else:
+        embedded = embed([*statements, *chosen, *rejected])
+        if embedded.ndim != 2 or len(embedded) != 3 * len(pairs):
+            raise ValueError(f"embed should give (N, D) for N texts, not {embedded.shape} for {3 * len(pairs)}")
+        users, first, second = np.split(embedded, 3)
+        relevance, rejected_relevance = cosines(users, first), cosines(users, second)
+        similarity = cosines(first, second)
+
+    def lengths(texts: Sequence[str]) -> Summary:
+        return summarise(np.array([len(text.split()) for text in texts], dtype=np.float64), groups)
+
+    return PairAnalysis(
+        stage=stage,
+        chosen_relevance=summarise(relevance, groups),
+        rejected_relevance=summarise(rejected_relevance, groups),
+        relevance_gain=summarise(relevance - rejected_relevance, groups),
+        similarity=summarise(similarity, groups),
+        chosen_length=lengths(chosen),
+        rejected_length=lengths(rejected),
+        golden_length=lengths([pair.golden for pair in pairs]),
+    )
+
+
+def phrases_of(text: str, sizes: Sequence[int] = PHRASE_SIZES) -> set[str]:
+    """The distinct runs of ``sizes`` words within a sentence; words are lower-cased and keep their apostrophes."""
+    found: set[str] = set()
+    for sentence in _SENTENCE_END.split(text.lower().replace("’", "'")):
+        words = _SPOKEN_WORD.findall(sentence)
+        for size in sizes:
+            found |= {" ".join(words[start : start + size]) for start in range(len(words) - size + 1)}
+    return found
+
+
+def frequent_phrases(replies: Sequence[str], top: int) -> list[Phrase]:
+    """Figure 6: the ``top`` phrases of 2 to 4 words that most replies hold, each counted once per reply.
+
+    A phrase says nothing new, and is left out, where a longer one around it is held by at least nine tenths of its
+    replies, or where it shares nine tenths of all replies concerned with one that is listed before it: the windows on
+    one long phrase are listed once. Of equally frequent ones the longest comes first, then the first in the alphabet.
+    """
+    holders: dict[str, set[int]] = {}
+    for index, text in enumerate(replies):
+        for phrase in phrases_of(text):
+            holders.setdefault(phrase, set()).add(index)
+    around: dict[str, int] = {}
+    for phrase, held in holders.items():
+        words = phrase.split()
+        for part in (" ".join(words[:-1]), " ".join(words[1:])):
+            around[part] = max(around.get(part, 0), len(held))
+    found: list[str] = []
+    for phrase in sorted(holders, key=lambda phrase: (-len(holders[phrase]), -phrase.count(" "), phrase)):
+        held = holders[phrase]
+        listed = any(len(held & holders[other]) >= _SAME * len(held | holders[other]) for other in found)
+        if not listed and around.get(phrase, 0) < _SAME * len(held):
+            found.append(phrase)
+        if len(found) == top:
+            break
+    return [Phrase(phrase, len(holders[phrase])) for phrase in found]
+
+
+def phrase_shares(replies: Mapping[str, Sequence[str]], phrases: Sequence[str]) -> dict[str, list[float]]:
+    """Per model the share of its replies, 0..1, that hold each of the ``phrases``; one without replies is left out."""
+    sizes = sorted({len(phrase.split()) for phrase in phrases})
+    shares = {}
+    for name, texts in replies.items():
+        held = Counter(phrase for text in texts for phrase in phrases_of(text, sizes))
+        if texts:
+            shares[name] = [held[phrase] / len(texts) for phrase in phrases]
+    return shares

@@ -1,0 +1,152 @@
+"""Preference pairs from self-reflection: reply (rejected), reflect and refine (chosen), then the paper's data rules.
+
+Section 3.3 and Appendix A: the JSON of a reflection is asked for up to three times, then the golden reply stands in;
+a refined reply more than twice as long as the rejected one gives way to the golden reply. Every rule counts its cases.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from selfevo.datasets.pairs import Pair, read_pairs
+from selfevo.datasets.prompts import reply_prompt
+from selfevo.dialogue import Example, Message, to_messages
+from selfevo.evolve.json_repair import json_object_end
+from selfevo.evolve.reflection import Reflection, parse_reflection, reflection_prompt
+from selfevo.files import write_json, write_jsonl
+from selfevo.generate.replies import Reply, sample_replies
+from selfevo.generate.sampling import Sampling
+from selfevo.models.tokenizer import ChatTokenizer
+from selfevo.models.transformer import Transformer
+
+LENGTH_RATIO = 2.0  # a chosen reply longer than this many times the rejected one is replaced
+SOURCES = ("refined", "golden")  # where chosen replies come from: Table 5's SR, and HM or HL by the seed dialogues
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    sampling: Sampling
+    max_new_tokens: int = 128
+    reflection_tokens: int = 384
+    tries: int = 3
+    style: str = "strategies"
+    chosen: str = "refined"
+    slots: int = 32
+
+
+def make_pairs(
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    examples: Sequence[Example],
+    folder: Path,
+    settings: RefineSettings,
+) -> list[Pair]:
+    """Runs reply, reflect, refine and filter over the seed examples; everything is kept in ``folder`` as it comes.
+
+    Writes ``replies.jsonl``, ``reflections-1.jsonl`` .. ``-3.jsonl``, ``pairs.jsonl`` and, last, ``filter.json`` with
+    what each rule changed; a folder that has it is read back instead. With ``chosen`` "golden" nothing is reflected on.
+    """
+    if (folder / "filter.json").is_file():
+        return read_pairs(folder / "pairs.jsonl")
+    counts: Counter[str] = Counter(examples=len(examples))
+    prompts = [reply_prompt(to_messages(example.context), settings.style) for example in examples]
+    replies = sample_replies(
+        model, tokenizer, prompts, folder / "replies.jsonl",
+        sampling=settings.sampling, max_new_tokens=settings.max_new_tokens, slots=settings.slots, label="replies",
+    )  # fmt: skip
+    reflections = None
+    if settings.chosen == "refined":
+        reflections = reflect(model, tokenizer, prompts, replies, folder, settings, counts)
+    pairs = filter_pairs(examples, prompts, replies, reflections, counts)
+    write_jsonl(folder / "pairs.jsonl", [pair.as_record() for pair in pairs])
+    write_json(folder / "filter.json", dict(sorted(counts.items())))
+    return pairs
+
+
+def reflect(
+    model: Transformer,
+    tokenizer: ChatTokenizer,
+    prompts: Sequence[list[Message]],
+    replies: Sequence[Reply],
+    folder: Path,
+    settings: RefineSettings,
+    counts: Counter[str],
+) -> list[Reflection | None]:
+    """The model's reflection on each of its replies, or None where no try gave a usable one."""
+    found: list[Reflection | None] = [None] * len(prompts)
+    pending = [index for index, reply in enumerate(replies) if reply.text]
+    for attempt in range(1, settings.tries + 1):
+        if not pending:
+            break
+        texts = sample_replies(
+            model,
+            tokenizer,
+            [reflection_prompt(prompts[index], replies[index].text or "") for index in pending],
+            folder / f"reflections-{attempt}.jsonl",
+            sampling=replace(settings.sampling, seed=settings.sampling.seed + 7919 * attempt),
+            max_new_tokens=settings.reflection_tokens,
+            keep_last=3,
+            stop_when=lambda text: json_object_end(text) is not None,
+            slots=settings.slots,
+            label=f"reflections, try {attempt}",
+        )
+        again = []
+        for index, written in zip(pending, texts):
+            if written.text is None:
+                counts["reflection_prompt_too_long"] += 1
+                continue
+            if attempt == 1 and written.turns_dropped:
+                counts["reflection_context_cut"] += 1
+            found[index] = parse_reflection(written.text)
+            if found[index] is None:
+                counts[f"unusable_json_try_{attempt}"] += 1
+                again.append(index)
+        pending = again
+    return found
+
+
+def filter_pairs(
+    examples: Sequence[Example],
+    prompts: Sequence[list[Message]],
+    replies: Sequence[Reply],
+    reflections: Sequence[Reflection | None] | None,
+    counts: Counter[str],
+) -> list[Pair]:
+    """Chosen and rejected replies after the data rules; ``counts`` says what each rule changed.
+
+    Without ``reflections`` every chosen reply is the golden one.
+    """
+    pairs = []
+    thoughts = reflections or [None] * len(examples)
+    for example, prompt, reply, reflection in zip(examples, prompts, replies, thoughts):
+        golden = example.golden.text
+        if reply.text is None:
+            counts["reply_prompt_too_long_dropped"] += 1
+            continue
+        counts["reply_context_cut"] += bool(reply.turns_dropped)
+        counts["reply_cut_at_limit"] += reply.cut
+        if not reply.text:
+            counts["empty_reply_dropped"] += 1
+            continue
+        chosen, source = golden, "golden"
+        if reflection is None:
+            counts["golden_for_missing_reflection"] += reflections is not None
+        elif _words(reflection.refined) > LENGTH_RATIO * _words(reply.text):
+            counts["golden_for_too_long_refinement"] += 1
+        else:
+            chosen, source = reflection.refined, "refined"
+        if chosen.strip() == reply.text.strip():
+            counts["identical_dropped"] += 1
+            continue
+        counts[f"kept_{source}"] += 1
+        thought = None if reflection is None else asdict(reflection)
+        pairs.append(Pair(example.id, example.dialogue, prompt, chosen, reply.text, golden, source, thought))
+    counts["pairs"] = len(pairs)
+    return pairs
+
+
+def _words(text: str) -> int:
+    return len(text.split())

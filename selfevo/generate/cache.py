@@ -1,0 +1,172 @@
+"""Where decoding keeps keys and values, each cache being the ``AttentionContext`` of its forward passes.
+
+Notation: K key-value heads, G query heads that share a key head, E head size; rows are the replies being decoded,
+always the first slots of a cache.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfevo.models.attention import fused_attention, within_window
+from selfevo.models.transformer import Transformer
+from selfevo.trie.attention import TreeContext
+from selfevo.trie.trie import Ids, TokenTrie
+
+_ROWS, _KEYS = 8, 256  # the rows and keys of a step are rounded up to these, so that steps come in few shapes
+
+
+class Prefill:
+    """The context in which a trie of prompts is computed; it keeps the keys and values of every layer."""
+
+    def __init__(self, trie: TokenTrie, device: torch.device) -> None:
+        self.trie = trie
+        self._tree = TreeContext(trie, device)
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        self._layers.append((keys[0], values[0]))
+        return self._tree.attend(layer, queries, keys, values, window)
+
+    def prefix(self, nodes: Ids, dtype: torch.dtype) -> Prefix:
+        """Some nodes of the trie."""
+        device = self._layers[0][0].device
+        chosen = torch.from_numpy(nodes).to(device)
+        keys, values = (torch.stack([kept[:, chosen].to(dtype) for kept in side]) for side in zip(*self._layers))
+        return Prefix(keys, values, self.trie.positions[nodes].to(device))
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """N prompt tokens, which several prompts may share: keys and values (layers, K, N, E), positions (N,)."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: the tokens of ``prefix`` at the indices ``path``, in their order."""
+
+    prefix: Prefix
+    path: Tensor
+
+
+class RowCache(Protocol):
+    """Takes the prompts of a prefilled trie, lets them enter a slot one at a time, adds a token to every row a step.
+
+    ``advance`` reserves the place of that token; from then on a step is of the first ``rows`` slots, some of which may
+    be idle, and ``span`` keys. ``step`` begins a forward pass, for which the cache is the context.
+    """
+
+    rows: int
+    span: int
+
+    def prompts(self, prefill: Prefill) -> list[Prompt]: ...
+    def enter(self, slot: int, prompt: Prompt) -> None: ...
+    def move(self, source: int, target: int) -> None: ...
+    def advance(self, rows: int) -> None: ...
+    def step(self) -> Tensor:
+        """The positions of the rows' new tokens, (rows, 1)."""
+        ...
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor: ...
+
+
+class Slots:
+    """Preallocated keys and values (layers, slots, K, capacity, E), of which ``lengths`` (slots,) are filled; ``held``
+    are the same numbers, known without asking the device."""
+
+    def __init__(self, model: Transformer, slots: int, capacity: int, dtype: torch.dtype) -> None:
+        config, device = model.config, model.device
+        shape = (config.num_layers, slots, config.num_kv_heads, capacity, config.head_dim)
+        self.keys, self.values = (_zeros(shape, dtype, device) for _ in range(2))
+        self.slots = torch.arange(slots, device=device)
+        self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.held = [0] * slots
+        self.rows = self.span = 0
+
+    def fill(self, slot: int, length: int) -> None:
+        self.lengths[slot] = self.held[slot] = length
+
+    def move(self, source: int, target: int) -> None:
+        length = self.held[source]
+        for stored in (self.keys, self.values):
+            stored[:, target, :, :length] = stored[:, source, :, :length]
+        self.fill(target, length)
+
+    def advance(self, rows: int) -> None:
+        self.lengths[:rows] += 1
+        self.held[:rows] = [length + 1 for length in self.held[:rows]]
+        self.rows, self.span = rows, max(self.held[:rows])
+
+    def newest(self) -> Tensor:
+        """The places of the rows' new tokens, (rows, 1)."""
+        return (self.lengths[: self.rows, None] - 1).clamp(min=0)
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores the new keys and values (rows, K, 1, E); returns all of the rows, (rows, K, span, E)."""
+        rows, places = self.slots[: self.rows], self.newest()[:, 0]
+        self.keys[layer, rows, :, places] = keys[:, :, 0].to(self.keys.dtype)
+        self.values[layer, rows, :, places] = values[:, :, 0].to(self.values.dtype)
+        return self.keys[layer, : self.rows, :, : self.span], self.values[layer, : self.rows, :, : self.span]
+
+
+class SlotCache(Slots):
+    """Every row has a copy of its prompt, and one call attends for all: for GPUs, where calls are dear, and for a
+    single row. Idle slots and unused keys fill a step up, so that steps come in few shapes and can be captured."""
+
+    def __init__(self, model: Transformer, slots: int, capacity: int) -> None:
+        super().__init__(model, slots, capacity, model.dtype)
+        self._masks: dict[int | None, Tensor] = {}  # of this step, by window
+
+    def prompts(self, prefill: Prefill) -> list[Prompt]:
+        prefix = prefill.prefix(np.arange(len(prefill.trie)), self.keys.dtype)
+        return [Prompt(prefix, torch.from_numpy(path.copy()).to(self.keys.device)) for path in prefill.trie.paths]
+
+    def enter(self, slot: int, prompt: Prompt) -> None:
+        length = len(prompt.path)
+        self.keys[:, slot, :, :length] = prompt.prefix.keys[:, :, prompt.path]
+        self.values[:, slot, :, :length] = prompt.prefix.values[:, :, prompt.path]
+        self.fill(slot, length)
+
+    def advance(self, rows: int) -> None:
+        super().advance(rows)
+        self.rows = min(_rounded(rows, _ROWS), len(self.held))
+        self.span = min(_rounded(self.span, _KEYS), self.keys.shape[3])
+
+    def step(self) -> Tensor:
+        self._masks = {}
+        return self.newest()
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
+        """Queries (rows, K G, 1, E), new keys and values (rows, K, 1, E) -> (rows, K G, 1, E)."""
+        keys, values = self.append(layer, keys, values)
+        if window not in self._masks:
+            newest, places = self.newest(), torch.arange(self.span, device=self.lengths.device)
+            allowed = (places <= newest)[:, None]
+            if window is not None:
+                allowed = allowed & within_window(newest, places.expand(self.rows, -1), window)
+            self._masks[window] = allowed[:, None]
+        # The heads that share keys become queries of one head, which reads its keys once.
+        grouped = queries.unflatten(1, (keys.shape[1], -1)).squeeze(3)
+        return fused_attention(grouped, keys, values, self._masks[window]).view_as(queries)
+
+
+def _rounded(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A buffer that need not be written before it is used: a masked place has weight 0, and 0 times what fresh memory
+    may hold, NaN, is NaN. On a CPU zeros come from the operating system, which maps a page when it is touched."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -1,0 +1,1 @@
+"""Matrix products and element-wise steps that the model, the adapters and the losses share."""

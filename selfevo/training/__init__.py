@@ -1,0 +1,21 @@
+"""Training adapters: one loop, the two objectives, and the stages of a run."""
+
+from selfevo.training.loop import train
+from selfevo.training.memory import describe_memory, estimate_memory, keep_freed_memory
+from selfevo.training.objectives import DPOObjective, Objective, PairIds, SFTObjective, both_sides
+from selfevo.training.reference import reference_logps
+from selfevo.training.step import TrainSettings
+
+__all__ = [
+    "DPOObjective",
+    "Objective",
+    "PairIds",
+    "SFTObjective",
+    "TrainSettings",
+    "both_sides",
+    "describe_memory",
+    "estimate_memory",
+    "keep_freed_memory",
+    "reference_logps",
+    "train",
+]

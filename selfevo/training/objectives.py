@@ -1,0 +1,107 @@
+"""What training minimises: the mean of a loss over items, SFT or DPO + gamma * SFT. The one loop is in ``train.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from selfevo.losses import dpo_sft_loss
+from selfevo.models.transformer import Transformer
+from selfevo.scoring import Example, response_logps
+from selfevo.trie.trie import Ids, as_ids
+
+
+class Objective(Protocol):
+    """Items to train on; ``groups`` names the dialogue of each, so that relatives can be scheduled together."""
+
+    @property
+    def groups(self) -> Sequence[str]: ...
+    def __len__(self) -> int: ...
+    def sequences(self, index: int) -> list[Ids]:
+        """The token sequences of one item, which stay in one pack."""
+        ...
+
+    def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        """The loss summed over some items, to differentiate, and statistics summed over them."""
+        ...
+
+
+@dataclass(frozen=True)
+class SFTObjective:
+    """Mean over replies of the mean negative log-probability of each reply's tokens, stop id included."""
+
+    examples: Sequence[Example]
+    groups: Sequence[str]
+    max_tokens: int
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def sequences(self, index: int) -> list[Ids]:
+        prompt, response = self.examples[index]
+        return [as_ids([*prompt, *response])]
+
+    def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        sums, lengths = response_logps(model, [self.examples[i] for i in indices], max_tokens=self.max_tokens)
+        loss = -(sums / lengths).sum()
+        return loss, {"loss": loss.item(), "tokens": float(lengths.sum())}
+
+
+@dataclass(frozen=True)
+class PairIds:
+    """One preference pair as ids: the generation prompt and both replies with their stop ids."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+
+
+@dataclass(frozen=True)
+class DPOObjective:
+    """DPO + gamma * SFT (Eq. 6-8) against stored reference log-probabilities, (N, 2) float32: chosen, rejected."""
+
+    pairs: Sequence[PairIds]
+    reference: Tensor
+    groups: Sequence[str]
+    max_tokens: int
+    beta: float = 0.1
+    gamma: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def sequences(self, index: int) -> list[Ids]:
+        pair = self.pairs[index]
+        return [as_ids([*pair.prompt, *pair.chosen]), as_ids([*pair.prompt, *pair.rejected])]
+
+    def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+        count = len(indices)
+        pairs = [self.pairs[i] for i in indices]
+        sums, lengths = response_logps(model, both_sides(pairs), max_tokens=self.max_tokens)
+        reference = self.reference[list(indices)].to(sums.device)
+        chosen, rejected = sums[:count], sums[count:]
+        result = dpo_sft_loss(
+            chosen, rejected, reference[:, 0], reference[:, 1], lengths[:count], beta=self.beta, gamma=self.gamma
+        )
+        per_token = sums.detach() / lengths
+        statistics = {
+            "loss": result.loss.item() * count,
+            "dpo": result.dpo.item() * count,
+            "sft": result.sft.item() * count,
+            "accuracy": float((result.chosen_rewards > result.rejected_rewards).sum()),
+            "chosen_reward": float(result.chosen_rewards.sum()),
+            "rejected_reward": float(result.rejected_rewards.sum()),
+            "chosen_logp_per_token": float(per_token[:count].sum()),
+            "rejected_logp_per_token": float(per_token[count:].sum()),
+            "tokens": float(lengths.sum()),
+        }
+        return result.loss * count, statistics
+
+
+def both_sides(pairs: Sequence[PairIds]) -> list[Example]:
+    """All chosen replies, then all rejected ones, each with its prompt."""
+    chosen: list[Example] = [(pair.prompt, pair.chosen) for pair in pairs]
+    return chosen + [(pair.prompt, pair.rejected) for pair in pairs]

@@ -1,0 +1,65 @@
+"""Log-probabilities under the frozen reference, stored with a fingerprint of what they were computed from."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfevo.files import FileError, read_json, write_json
+from selfevo.lora import disable_adapters
+from selfevo.models.transformer import Transformer
+from selfevo.scoring import response_logps
+from selfevo.training.objectives import PairIds, both_sides
+from selfevo.trie.packing import pack
+from selfevo.trie.trie import as_ids
+
+
+@torch.no_grad()
+def reference_logps(model: Transformer, pairs: Sequence[PairIds], max_tokens: int) -> Tensor:
+    """Log-probabilities of chosen and rejected replies under the frozen reference, the model with its trainable
+    adapter disabled: (N, 2) float32 on the CPU."""
+    items = [[as_ids([*pair.prompt, *pair.chosen]), as_ids([*pair.prompt, *pair.rejected])] for pair in pairs]
+    result = torch.empty(len(pairs), 2)
+    with disable_adapters(model):
+        for members in pack(items, max_tokens):
+            sums, _ = response_logps(model, both_sides([pairs[i] for i in members]), max_tokens=max_tokens)
+            result[members] = sums.cpu().view(2, -1).T
+    return result
+
+
+def fingerprint(model: Transformer, pairs: Sequence[PairIds]) -> str:
+    """Identifies the reference model and the pairs that log-probabilities were computed with.
+
+    Large weights are sampled at a stride; the frozen adapters of earlier iterations, which are what changes between
+    iterations, are taken whole.
+    """
+    digest = hashlib.sha256(repr(model.config).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.endswith((".lora_A", ".lora_B")):
+            continue
+        flat = tensor.detach().flatten()
+        if "frozen_" not in name:
+            flat = flat[:: max(1, flat.numel() // 1024)]
+        digest.update(name.encode() + flat.float().cpu().numpy().tobytes())
+    for pair in pairs:
+        for ids in (pair.prompt, pair.chosen, pair.rejected):
+            digest.update(np.asarray([len(ids), *ids], dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def stored_reference(model: Transformer, pairs: list[PairIds], path: Path, max_tokens: int) -> torch.Tensor:
+    """The reference log-probabilities, computed once and stored with what they were computed from."""
+    mark = fingerprint(model, pairs)
+    if path.is_file():
+        stored = read_json(path)
+        if stored["fingerprint"] != mark:
+            raise FileError(f"{path}: was computed with another model or other pairs; remove it to compute it again")
+        return torch.tensor([stored["chosen"], stored["rejected"]], dtype=torch.float32).T.contiguous()
+    reference = reference_logps(model, pairs, max_tokens)
+    write_json(path, {"fingerprint": mark, "chosen": reference[:, 0].tolist(), "rejected": reference[:, 1].tolist()})
+    return reference

@@ -1,0 +1,113 @@
+"""One optimiser step: settings, schedule, batch order, loss over packs."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from selfevo.models.transformer import Transformer
+from selfevo.training.objectives import Objective
+from selfevo.trie.packing import pack
+
+SHUFFLES = ("dialogues", "pairs")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The paper's values are the defaults."""
+
+    learning_rate: float = 5e-6
+    epochs: int = 2
+    batch_size: int = 4
+    accumulation: int = 2
+    warmup: float = 0.01  # share of all steps over which the learning rate rises linearly; constant afterwards
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    evaluations_per_epoch: int = 4
+    patience: int = 3  # evaluations without improvement before training stops early
+    checkpoint_every: int = 50  # steps; every evaluation writes one too
+    max_tokens: int = 4096
+    shuffle: str = "dialogues"  # keeps a dialogue's items together, which shares their context; "pairs" does not
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulation", "evaluations_per_epoch", "patience", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        rates_fit = 0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf  # NaN fits nowhere
+        if not (rates_fit and self.max_grad_norm > 0 and 0 <= self.warmup <= 1):
+            raise ValueError(
+                "learning_rate and max_grad_norm must be positive, weight_decay not negative, warmup within [0, 1]: "
+                f"{self.learning_rate}, {self.max_grad_norm}, {self.weight_decay}, {self.warmup}"
+            )
+        if self.shuffle not in SHUFFLES:
+            raise ValueError(f"shuffle should be one of {', '.join(SHUFFLES)}, not {self.shuffle!r}")
+
+
+def train_step(
+    model: Transformer,
+    objective: Objective,
+    batch: Sequence[int],
+    parameters: list[torch.nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    step: int,
+    total: int,
+    settings: TrainSettings,
+) -> dict[str, Any]:
+    """One optimiser step over one batch, packed to the token budget; returns the statistics, averaged over items."""
+    started = time.perf_counter()
+    rate = settings.learning_rate * min(1.0, (step + 1) / max(1.0, settings.warmup * total))
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    model.train()
+    optimiser.zero_grad(set_to_none=True)
+    sums: dict[str, float] = {}
+    with torch.random.fork_rng():  # dropout draws depend on the step alone, so a resumed run repeats them
+        torch.manual_seed(settings.seed * 1_000_003 + step)
+        for members in pack([objective.sequences(i) for i in batch], settings.max_tokens):
+            loss, statistics = objective.loss(model, [batch[m] for m in members])
+            (loss / len(batch)).backward()
+            for name, value in statistics.items():
+                sums[name] = sums.get(name, 0.0) + value
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+    if not torch.isfinite(norm):
+        raise FloatingPointError(f"step {step}: the gradient is not finite; a lower learning rate may help")
+    optimiser.step()
+    record: dict[str, Any] = {"step": step, "learning_rate": rate, "items": len(batch)}
+    record |= {name: value / len(batch) for name, value in sums.items()}
+    record |= {"gradient_norm": float(norm), "seconds": round(time.perf_counter() - started, 4)}
+    return record
+
+
+def batch_indices(groups: Sequence[str], step: int, steps_per_epoch: int, settings: TrainSettings) -> list[int]:
+    """The items of one step: the epoch's order depends on the seed and the epoch alone."""
+    epoch, place = divmod(step, steps_per_epoch)
+    generator = random.Random(settings.seed * 1_000_003 + epoch)
+    order = list(range(len(groups)))
+    if settings.shuffle == "dialogues":
+        names = list(dict.fromkeys(groups))
+        generator.shuffle(names)
+        rank = {name: place for place, name in enumerate(names)}
+        order.sort(key=lambda index: rank[groups[index]])  # turns stay in order: a step's share of one context
+    else:
+        generator.shuffle(order)
+    size = settings.batch_size * settings.accumulation
+    return order[place * size : (place + 1) * size]
+
+
+@torch.no_grad()
+def evaluate_held_out(model: Transformer, held_out: Objective, settings: TrainSettings) -> dict[str, float]:
+    """Statistics on held-out items, averaged."""
+    model.eval()
+    sums: dict[str, float] = {}
+    for members in pack([held_out.sequences(i) for i in range(len(held_out))], settings.max_tokens):
+        _, statistics = held_out.loss(model, members)
+        for name, value in statistics.items():
+            sums[name] = sums.get(name, 0.0) + value
+    return {name: value / len(held_out) for name, value in sums.items()}

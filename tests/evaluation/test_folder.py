@@ -1,0 +1,232 @@
+"""Evaluating, judging and exporting as a user does it: commands, files, resuming, other test turns, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_evolve import ITERATE, finished, records, world  # noqa: F401  (fixtures)
+from test_judge import Server, says, server  # noqa: F401  (a fixture)
+from transformers import AutoModelForCausalLM
+
+from selfevo.dialogue import Example, Turn
+from selfevo.evaluation import compare
+from selfevo.evaluation.folder import read_answers, read_examples, write_examples
+from selfevo.evaluation.judge import ASPECTS
+from selfevo.evaluation.score import compare_models, score_answers
+from selfevo.files import FileError, read_json, read_jsonl, write_jsonl
+from selfevo.lora import load_adapter
+from selfevo.models import load_model
+
+
+def example(name: str, *arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ITERATE.with_name(f"{name}.py")), *arguments]
+    environment = os.environ | {"HF_HUB_OFFLINE": "0", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, input=said, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:  # noqa: F811
+    """A copy of a finished run, to be written to."""
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def turn(number: int, dialogue: int) -> Example:
+    context = (Turn("seeker", f"I am sad, {number}."),)
+    return Example(f"d{dialogue}", number, context, Turn("supporter", f"Tell me more of {number}."))
+
+
+def folder_with(path: Path, **replies: list[str | None]) -> Path:
+    write_examples(path, [turn(i, i // 2) for i in range(len(next(iter(replies.values()))))])
+    for name, texts in replies.items():
+        write_jsonl(
+            path / f"{name}.replies.jsonl",
+            [{"index": i, "text": t, "tokens": 3, "cut": False, "turns_dropped": 0} for i, t in enumerate(texts)],
+        )
+    return path
+
+
+# --- the evaluation folder --------------------------------------------------------------------------------------------
+
+
+def test_test_turns_come_back_as_they_were_and_others_are_refused(tmp_path: Path) -> None:
+    examples = [turn(i, 0) for i in range(3)]
+    write_examples(tmp_path, examples)
+    assert read_examples(tmp_path) == examples
+    write_examples(tmp_path, examples)
+    with pytest.raises(FileError, match="other test turns"):
+        write_examples(tmp_path, examples[:2])
+
+
+def test_a_turn_that_did_not_fit_is_left_out_and_counted(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, A=["Tell me more.", None, "No."])
+    assert [text for _, text in read_answers(folder, "A")] == ["Tell me more.", "No."]
+    score_answers(folder, "A")
+    report = read_json(folder / "A.json")
+    assert (report["replies"], report["left_out_too_long"]) == (2, 1)
+    assert [record["id"] for record in read_jsonl(folder / "A.values.jsonl")] == ["d0#0", "d1#2"]
+
+
+def test_models_are_compared_on_the_turns_that_both_answered(tmp_path: Path) -> None:
+    folder = folder_with(
+        tmp_path, A=["Tell me more.", None, "No.", "Why of 3?"], B=["Tell me more of 0.", "x", None, "Tell me of 3."]
+    )
+    for name in ("A", "B"):
+        score_answers(folder, name)
+    rows = {name: {r["id"]: r for r in read_jsonl(folder / f"{name}.values.jsonl")} for name in ("A", "B")}
+    shared = ["d0#0", "d1#3"]
+    expected = compare([rows["A"][i]["BLEU-2"] for i in shared], [rows["B"][i]["BLEU-2"] for i in shared], ["d0", "d1"])
+    found = compare_models(folder, "A", "B")
+    assert found["BLEU-2"] == expected
+    assert "Distinct-2 (corpus)" not in found
+
+
+def test_an_unfinished_rollout_is_not_scored(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, A=["one", "two"])
+    write_jsonl(folder / "A.replies.jsonl", read_jsonl(folder / "A.replies.jsonl")[:1])
+    with pytest.raises(FileError, match="holds 1 of 2 replies"):
+        score_answers(folder, "A")
+
+
+def test_scoring_again_keeps_what_was_counted_while_answering(tmp_path: Path) -> None:
+    folder = folder_with(tmp_path, A=["one", "two"])
+    first = score_answers(folder, "A", counts={"refined": 2})
+    assert score_answers(folder, "A") == first
+    assert read_json(folder / "A.json")["refined"] == 2
+
+
+# --- examples/evaluate.py ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_scored_again_without_its_models(run: Path) -> None:
+    before = read_json(run / "eval" / "M1.json")
+    for name in ("M0", "M1", "M2"):
+        shutil.rmtree(run / name)
+    done = example("evaluate", str(run))
+    assert done.returncode == 0, done.stderr
+    assert read_json(run / "eval" / "M1.json") == before
+    assert "| M2 - M1 |" in done.stdout
+    assert (run / "eval" / "table-paper.md").read_text().strip() in done.stdout
+
+
+def test_any_checkpoint_answers_the_runs_turns_or_a_files(run: Path, world: Path, tmp_path: Path) -> None:  # noqa: F811
+    backbone = world / "backbone"
+    again = f"again={backbone}@{run / 'M1'}"
+    done = example("evaluate", str(run), "--model", again, "--prompts", "plain")
+    assert done.returncode == 0, done.stderr
+    assert records(run / "eval" / "again.replies.jsonl") == records(run / "eval" / "M1.replies.jsonl")
+    other = tmp_path / "other"
+    flags = ["--test", str(world / "test.json"), "--max-new-tokens", "12", "--reflection-tokens", "16", "--tries", "1"]
+    done = example("evaluate", str(other), *flags, "--model", f"m={backbone}", "--prompts", "plain", "reflection")
+    assert done.returncode == 0, done.stderr
+    assert read_examples(other / "eval") == read_examples(run / "eval")
+    assert "| m-reflection - m-plain |" in done.stdout
+    sampled = (other / "eval" / "m-plain.replies.jsonl").stat().st_mtime_ns
+    assert example("evaluate", str(other), *flags, "--model", f"m={backbone}", "--prompts", "plain", "reflection")
+    assert (other / "eval" / "m-plain.replies.jsonl").stat().st_mtime_ns == sampled
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "holds no replies of a model"),
+        (["nowhere", "--model", "a=b"], "examples.jsonl: there is no such file"),
+        (["RUN", "--model", "backbone"], "expected NAME=BACKBONE"),
+        (["RUN", "--test", "test.json"], "--test goes with --model"),
+        (["RUN", "--model", "a=nowhere"], "nowhere"),
+        (["RUN", "--extras", "METEOR"], "nltk.downloader wordnet"),
+    ],
+)
+def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    done = example("evaluate", *[{"RUN": str(run)}.get(a, a) for a in arguments])
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- examples/judge.py ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_judged_and_compared_with_people_and_the_second_time_is_free(run: Path, server: Server) -> None:  # noqa: F811
+    server.script = [says(json.dumps({a.name: {"reason": "r", "score": 1 + i % 5} for i, a in enumerate(ASPECTS)}))]
+    people = run / "people.jsonl"
+    examples = read_examples(run / "eval")
+    write_jsonl(people, [{"model": "M1", "id": e.id, "scores": {"Fluency": 2 + i % 2}} for i, e in enumerate(examples)])
+    arguments = [str(run), "--judge-url", server.url, "--judge", "j", "--human", str(people)]
+    done = example("judge", *arguments)
+    assert done.returncode == 0, done.stderr
+    asked = len(server.requests)
+    assert 0 < asked <= 3 * len(examples)
+    assert f"| M1 | 1.00 | 2.00 | 3.00 | 4.00 | 5.00 | 1.00 | 2.00 | {len(examples)} | none |" in done.stdout
+    assert f"| Fluency | - | - to - | {len(examples)} |" in done.stdout  # a judge without variation
+    summary = read_json(run / "eval" / "M1.judge.json")
+    assert summary["scores"]["Overall"] == {"mean": 2.0, "interval": [2.0, 2.0]}
+    assert {r["reasons"]["Fluency"] for r in read_jsonl(run / "eval" / "M1.judge.jsonl")} == {"r"}
+    assert example("judge", *arguments).stdout == done.stdout
+    assert len(server.requests) == asked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "--judge", "j", "--judge-url", "http://127.0.0.1:9/v1"], "is the server running"),
+        (["RUN", "--judge", "j", "--judge-url", "127.0.0.1"], "should begin with http"),
+        (["RUN", "--judge", "nowhere"], "nowhere"),
+        (["nowhere", "--judge", "j", "--judge-url", "http://127.0.0.1:9/v1"], "holds no replies"),
+        (["RUN", "--judge", "j", "--judge-url", "http://127.0.0.1:9/v1", "--human", "BAD"], "record 0"),
+    ],
+)
+def test_a_judge_that_cannot_work_is_one_sentence(
+    run: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "bad.json").write_text('[{"model": "M1"}]')
+    names = {"RUN": str(run), "BAD": str(tmp_path / "bad.json")}
+    done = example("judge", *[names.get(a, a) for a in arguments], "--timeout", "1")
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- examples/export.py -----------------------------------------------------------------------------------------------
+
+
+def test_an_exported_model_has_our_logits_in_transformers(run: Path, world: Path, tmp_path: Path) -> None:  # noqa: F811
+    arguments = ["--backbone", str(world / "backbone"), "--adapter", str(run / "M2"), "--out", str(tmp_path / "out")]
+    done = example("export", *arguments)
+    assert done.returncode == 0, done.stderr
+    ours = load_model(world / "backbone")
+    bare = ours(torch.arange(5, 45)[None])
+    load_adapter(ours, run / "M2")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokens = torch.arange(5, 45)[None]
+    torch.testing.assert_close(theirs(tokens).logits, ours(tokens), atol=1e-4, rtol=1e-4)
+    assert (ours(tokens) - bare).abs().max() > 1e-3  # the adapter is in it
+    again = example("export", *arguments)
+    assert again.returncode == 1
+    assert "is not empty" in again.stderr
+
+
+# --- examples/chat.py -------------------------------------------------------------------------------------------------
+
+
+def test_a_trained_model_answers_in_the_terminal_and_reflects(run: Path) -> None:
+    done = example("chat", str(run), "--reflect", said="I am sad.\nNobody calls.\n\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("model: ") == 2
+    assert done.stdout.count("(the reflection cannot be read)") == 2  # by a model of random weights
+    assert example("chat", str(run), "--reflect", said="I am sad.\nNobody calls.\n\n").stdout == done.stdout
+    other = example("chat", str(run), "--model", "M0", "--seed", "1", said="I am sad.\nNobody calls.")
+    assert (other.returncode, other.stdout.count("model: ")) == (0, 2)
+
+
+def test_a_run_without_that_model_is_told(run: Path) -> None:
+    done = example("chat", str(run), "--model", "M7")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "has no model M7; it has M0, M1, M2" in done.stderr

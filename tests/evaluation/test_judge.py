@@ -1,0 +1,389 @@
+"""The judge against a real HTTP server that misbehaves, and against a local backbone; strict parsing; the cache."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants
+import pytest
+
+from selfevo.dialogue import Example, Turn
+from selfevo.evaluation.ask_json import Answer, UnusableAnswerError, ask_json, json_object
+from selfevo.evaluation.endpoint import AnswerCache, Endpoint, EndpointError, EndpointSettings
+from selfevo.evaluation.judge import (
+    ASPECTS,
+    Aspect,
+    judge_prompt,
+    judge_replies,
+    load_aspects,
+    read_judgement,
+    summarise,
+)
+from selfevo.evaluation.local_responder import LocalResponder
+from selfevo.files import FileError, read_jsonl, write_json
+from selfevo.generate import Sampling
+from selfevo.models import load_model, load_tokenizer
+
+GOOD = json.dumps({aspect.name: {"reason": "so", "score": 3} for aspect in ASPECTS})
+QUESTION = [{"role": "user", "content": "hello"}]
+
+
+def completion(text: Any, finish: str = "stop") -> bytes:
+    message = {"role": "assistant", "content": text}
+    return json.dumps({"choices": [{"index": 0, "finish_reason": finish, "message": message}]}).encode()
+
+
+class Server:
+    """A chat endpoint on loopback; the n-th request for a conversation meets the n-th behaviour of the script."""
+
+    def __init__(self) -> None:
+        self.script: list[Any] = []
+        self.requests: list[dict[str, Any]] = []
+        self.met: Counter[str] = Counter()
+        self.running = self.most_running = 0
+        self.lock = threading.Lock()
+        self.release = threading.Event()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with server.lock:
+                    server.requests.append(body | {"authorization": self.headers.get("Authorization")})
+                    number = server.met[json.dumps(body["messages"])]
+                    server.met[json.dumps(body["messages"])] += 1
+                    server.running += 1
+                    server.most_running = max(server.most_running, server.running)
+                try:
+                    server.script[min(number, len(server.script) - 1)](self)
+                finally:
+                    with server.lock:
+                        server.running -= 1
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+
+    def endpoint(self, cache: Path, **changes: Any) -> Endpoint:
+        settings = {"url": self.url, "model": "judge-1", "pause": 0.01, "timeout": 0.5, **changes}
+        return Endpoint(EndpointSettings(**settings), cache)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name in ("SELFEVO_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    made = Server()
+    yield made
+    made.release.set()
+    made.http.shutdown()
+    made.http.server_close()
+
+
+Behaviour = Callable[[Any], None]
+
+
+def says(text: Any, finish: str = "stop") -> Behaviour:
+    return raw(completion(text, finish))
+
+
+def raw(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Behaviour:
+    def behave(handler: Any) -> None:
+        handler.send_response(status)
+        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(body)))
+        handler.end_headers()
+        handler.wfile.write(body)
+
+    return behave
+
+
+def cut_off(handler: Any) -> None:
+    """Promises more than it sends."""
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(completion("half")[:20])
+    handler.close_connection = True
+
+
+def hang_up(handler: Any) -> None:
+    handler.close_connection = True
+
+
+def example(text: str) -> Example:
+    return Example(f"d{text}", 1, (Turn("seeker", text),), Turn("supporter", "golden"))
+
+
+# --- the endpoint -----------------------------------------------------------------------------------------------------
+
+
+def test_answers_come_in_order_and_requests_carry_the_papers_decoding(server: Server, tmp_path: Path) -> None:
+    def echo(handler: Any) -> None:
+        raw(completion("re: " + server.requests[-1]["messages"][0]["content"]))(handler)
+
+    server.script = [echo]
+    conversations = [[{"role": "user", "content": str(i)}] for i in range(20)]
+    answers = server.endpoint(tmp_path / "c.jsonl", concurrency=1).answer(conversations)
+    assert answers == [Answer(f"re: {i}") for i in range(20)]
+    assert {(r["model"], r["temperature"], r["top_p"], r["max_tokens"]) for r in server.requests} == {
+        ("judge-1", 0.8, 0.95, 768)
+    }
+
+
+def test_requests_run_side_by_side_up_to_the_limit(server: Server, tmp_path: Path) -> None:
+    barrier = threading.Barrier(4, timeout=5)
+
+    def together(handler: Any) -> None:
+        barrier.wait()  # would break if fewer than four requests were under way at once
+        says("yes")(handler)
+
+    server.script = [together]
+    conversations = [[{"role": "user", "content": str(i)}] for i in range(12)]
+    answers = server.endpoint(tmp_path / "c.jsonl", concurrency=4, timeout=10).answer(conversations)
+    assert [a.text for a in answers] == ["yes"] * 12
+    assert server.most_running == 4
+
+
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        (raw(b"oops", 500), "http_500"),
+        (raw(b"{}", 503), "http_503"),
+        (raw(b"slow down", 429, {"Retry-After": "0.02"}), "http_429"),
+        (raw(b"slow down", 429, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}), "http_429"),
+        (cut_off, "connection"),
+        (hang_up, "connection"),
+        (raw(b"<html>busy</html>"), "not_json"),
+        (raw(b'{"choices": []}'), "malformed"),
+        (raw(b'{"error": "no"}'), "malformed"),
+        (raw(b"[]"), "malformed"),
+        (says(None), "malformed"),
+        (lambda handler: handler.server.selfevo_release.wait(5), "timeout"),
+    ],
+    ids=["500", "503", "429", "429-date", "cut-off", "hang-up", "html", "no-choices", "error", "list", "none", "slow"],
+)
+def test_what_may_pass_is_tried_again_and_told_when_it_does_not(
+    server: Server, tmp_path: Path, failure: Behaviour, reason: str
+) -> None:
+    server.http.selfevo_release = server.release  # type: ignore[attr-defined]
+    server.script = [failure, says("at last")]
+    assert server.endpoint(tmp_path / "a.jsonl").answer([QUESTION]) == [Answer("at last")]
+    assert len(server.requests) == 2
+    server.met.clear()
+    server.script = [failure]
+    endpoint = server.endpoint(tmp_path / "b.jsonl", tries=2)
+    assert endpoint.answer([QUESTION]) == [Answer(None, reason)]
+    assert len(server.requests) == 4
+    assert not (tmp_path / "b.jsonl").exists()  # a failure is never remembered
+
+
+def test_a_long_retry_after_is_waited_for(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    endpoint = server.endpoint(tmp_path / "c.jsonl")
+    monkeypatch.setattr(endpoint._stopping, "wait", lambda seconds: waited.append(seconds))
+    server.script = [raw(b"", 429, {"Retry-After": "7"}), raw(b"", 429, {"Retry-After": "9999"}), says("ok")]
+    assert endpoint.answer([QUESTION]) == [Answer("ok")]
+    assert waited == [7.0, 60.0]
+
+
+def test_pauses_double(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    endpoint = server.endpoint(tmp_path / "c.jsonl", pause=1.0, tries=5)
+    monkeypatch.setattr(endpoint._stopping, "wait", lambda seconds: waited.append(seconds))
+    server.script = [raw(b"", 500)]
+    endpoint.answer([QUESTION])
+    assert all(0.5 * 2**i <= seconds <= 1.5 * 2**i for i, seconds in enumerate(waited))
+    assert len(waited) == 4
+
+
+def test_a_request_that_is_itself_wrong_is_not_repeated(server: Server, tmp_path: Path) -> None:
+    server.script = [raw(b'{"error": "context too long"}', 400)]
+    assert server.endpoint(tmp_path / "c.jsonl").answer([QUESTION]) == [Answer(None, "http_400")]
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_refused_key_model_or_address_ends_it_at_once(server: Server, tmp_path: Path, status: int) -> None:
+    server.script = [raw(b"no", status)]
+    with pytest.raises(EndpointError, match=rf"judge-1 \(HTTP {status}\): check the URL"):
+        server.endpoint(tmp_path / "c.jsonl", concurrency=1).answer([[{"role": "user", "content": c}] for c in "abc"])
+    assert len(server.requests) <= 2
+
+
+def test_a_server_that_is_not_there_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    settings = EndpointSettings("http://127.0.0.1:9/v1", "m", concurrency=2, tries=2, pause=0.0, timeout=0.5)
+    with pytest.raises(EndpointError, match="is the server running"):
+        Endpoint(settings, tmp_path / "c.jsonl").answer([[{"role": "user", "content": str(i)}] for i in range(50)])
+
+
+def test_offline_mode_is_named_as_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(EndpointError, match="HF_HUB_OFFLINE"):
+        Endpoint(EndpointSettings("http://127.0.0.1:9/v1", "m"), tmp_path / "c.jsonl").answer([QUESTION])
+
+
+def test_the_key_of_the_environment_is_sent(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
+    server.script = [says("ok")]
+    server.endpoint(tmp_path / "c.jsonl").answer([QUESTION])
+    assert server.requests[0]["authorization"] == "Bearer sk-1"
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+def test_asking_again_costs_nothing_and_another_attempt_asks_anew(server: Server, tmp_path: Path) -> None:
+    server.script = [says("first"), says("second")]
+    path = tmp_path / "c.jsonl"
+    assert server.endpoint(path).answer([QUESTION, QUESTION]) == [Answer("first")] * 2
+    assert server.endpoint(path, concurrency=1, timeout=9).answer([QUESTION]) == [Answer("first")]
+    assert len(server.requests) == 1
+    assert server.endpoint(path).answer([QUESTION], attempt=2) == [Answer("second")]
+    assert server.endpoint(path, temperature=0.1).answer([QUESTION]) == [Answer("second")]
+    assert len(server.requests) == 3
+
+
+def test_answers_before_a_failure_are_kept(server: Server, tmp_path: Path) -> None:
+    server.script = [says("kept")]
+    endpoint = server.endpoint(tmp_path / "c.jsonl", concurrency=1)
+    endpoint.answer([QUESTION])
+    server.script = [raw(b"", 401)]
+    with pytest.raises(EndpointError):
+        endpoint.answer([QUESTION, [{"role": "user", "content": "other"}]])
+    assert server.endpoint(tmp_path / "c.jsonl").answer([QUESTION]) == [Answer("kept")]
+
+
+def test_a_torn_last_line_is_forgotten_and_another_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.jsonl"
+    AnswerCache(path).put("a", Answer("one"))
+    AnswerCache(path).put("b", Answer("two — ü"))
+    whole = path.read_bytes()
+    for torn in range(1, len(whole) - whole.index(b"\n") - 1):
+        path.write_bytes(whole[:-torn])
+        cache = AnswerCache(path)
+        assert (cache.get("a"), cache.get("b")) == (Answer("one"), None)
+        cache.put("b", Answer("again"))
+        assert AnswerCache(path).get("b") == Answer("again")
+        assert len(read_jsonl(path)) == 2
+    foreign = tmp_path / "notes.txt"
+    foreign.write_text("my notes\nmore")
+    with pytest.raises(FileError, match=r"notes\.txt, line 1: is no cached answer"):
+        AnswerCache(foreign)
+    assert foreign.read_text() == "my notes\nmore"
+
+
+# --- judging ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_way_of_answering_wrongly_is_counted_and_asked_again(server: Server, tmp_path: Path) -> None:
+    values = {aspect.name: {"reason": "", "score": 4} for aspect in ASPECTS}
+    server.script = [
+        says("I would say 4."),
+        says(json.dumps(values | {"Empathy": {"score": 6}})),
+        says(f"```json\n{json.dumps(values)}\n```"),
+    ]
+    counts: Counter[str] = Counter()
+    (judged,) = judge_replies(server.endpoint(tmp_path / "c.jsonl"), [(example("a"), "reply")], counts)
+    assert judged is not None
+    assert judged.scores == {aspect.name: 4 for aspect in ASPECTS}
+    assert counts == {"not_json": 1, "score_out_of_range": 1, "answered": 1, "given_up": 0}
+
+
+def test_what_cannot_be_judged_is_given_up_and_told(server: Server, tmp_path: Path) -> None:
+    def by_content(handler: Any) -> None:
+        asked = server.requests[-1]["messages"][1]["content"]
+        behave = says(GOOD) if "good reply" in asked else says(GOOD, "length") if "long" in asked else raw(b"", 400)
+        behave(handler)
+
+    server.script = [by_content]
+    counts: Counter[str] = Counter()
+    answers = [(example("a"), "good reply"), (example("b"), "long"), (example("c"), "bad")]
+    judged = judge_replies(server.endpoint(tmp_path / "c.jsonl", concurrency=1), answers, counts)
+    assert [j is not None for j in judged] == [True, False, False]
+    assert counts == {"cut_at_limit": 3, "http_400": 3, "answered": 1, "given_up": 2}
+    summary = summarise(judged, [e.dialogue for e, _ in answers], counts)
+    assert summary["answered"] == 1
+    assert summary["failures"] == {"cut_at_limit": 3, "given_up": 2, "http_400": 3}
+    assert summary["scores"]["Empathy"] == {"mean": 3.0, "interval": [3.0, 3.0]}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not_json"),
+        ("Scores: " + GOOD, "not_json"),
+        (GOOD + GOOD, "not_json"),
+        ("[1]", "not_an_object"),
+        (GOOD.replace('"score": 3', '"score": 0', 1), "score_out_of_range"),
+        (GOOD.replace('"score": 3', '"score": 6', 1), "score_out_of_range"),
+        (GOOD.replace('"score": 3', '"score": 3.5', 1), "score_not_a_whole_number"),
+        (GOOD.replace('"score": 3', '"score": "3"', 1), "score_not_a_whole_number"),
+        (GOOD.replace('"score": 3', '"score": true', 1), "score_not_a_whole_number"),
+        (GOOD.replace('"Empathy"', '"Empathie"'), "aspect_missing"),
+        (GOOD[:-1] + ', "Humour": {"score": 3}}', "unknown_aspect"),
+    ],
+)
+def test_judgements_are_read_strictly(text: str, reason: str) -> None:
+    with pytest.raises(UnusableAnswerError, match=f"^{reason}$"):
+        read_judgement(json_object(text), ASPECTS)
+
+
+def test_a_request_shows_the_conversation_the_reply_and_every_criterion() -> None:
+    context = [{"role": "system", "content": "SYS"}, *QUESTION, {"role": "assistant", "content": "hi"}, *QUESTION]
+    system, request = judge_prompt(context, "my reply", ASPECTS)
+    assert system["role"] == "system"
+    assert "User: hello\nSupporter: hi\nUser: hello" in request["content"]
+    assert "my reply" in request["content"]
+    assert "SYS" not in request["content"]
+    for aspect in ASPECTS:
+        assert all(part in request["content"] for part in (aspect.name, aspect.lowest, aspect.highest, aspect.cap))
+
+
+def test_aspects_can_come_from_a_file(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", [{"name": "Wit", "lowest": "dull", "highest": "bright"}])
+    assert load_aspects(tmp_path / "a.json") == (Aspect("Wit", "dull", "bright"),)
+    write_json(tmp_path / "b.json", [{"name": "Wit"}])
+    with pytest.raises(FileError, match=r"b.json, entry 0: expected name, lowest, highest"):
+        load_aspects(tmp_path / "b.json")
+
+
+# --- a local judge ----------------------------------------------------------------------------------------------------
+
+
+def test_a_local_backbone_answers_from_its_cache_the_second_time(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shared / "models" / "story"
+    model, tokenizer = load_model(folder), load_tokenizer(folder, chat_format="plain")
+
+    def responder() -> LocalResponder:
+        return LocalResponder(model, tokenizer, "story", tmp_path, sampling=Sampling(0.8, 0.95, 50, 1.0, 0),
+                              max_new_tokens=8)  # fmt: skip
+
+    counts: Counter[str] = Counter()
+    assert ask_json(responder(), [QUESTION], lambda value: value, counts, tries=2) == [None]
+    assert counts["given_up"] == 1
+    assert counts["cut_at_limit"] + counts["not_json"] == 2
+    first = responder().answer([QUESTION])
+    monkeypatch.setattr("selfevo.replies.generate", None)
+    assert responder().answer([QUESTION]) == first
+    assert first[0].text

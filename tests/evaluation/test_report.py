@@ -1,0 +1,412 @@
+"""The report of a run: a whole, valid, self-contained page that shows what is there and escapes what models wrote."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfevo.datasets import Pair
+from selfevo.datasets.prompts import reply_prompt
+from selfevo.dialogue import Example, to_messages
+from selfevo.evaluation.folder import stage_order, write_examples
+from selfevo.evaluation.report import write_report
+from selfevo.evaluation.report.figures import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    FiguresError,
+    figures_available,
+    phrases_figure,
+    training_figures,
+)
+from selfevo.evaluation.report.html import element, join, page, section, table
+from selfevo.evaluation.score import score_answers
+from selfevo.evolve import EvolveConfig, read_corpus
+from selfevo.evolve.run import open_run
+from selfevo.files import read_json, read_jsonl, write_json, write_jsonl
+from selfevo.generate import Reply
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "report.py"
+ATTACK = "<script>alert('x')</script> & \"so\" </div>"
+VOID = {"meta"}
+
+
+class Page(HTMLParser):
+    """The elements of a page in order, its text, and what is wrong with its nesting."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.wrong: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if "svg" not in self.open:
+            self.wrong.append(f"<{tag}/> outside of a drawing")
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(f"</{tag}>")
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text.append(data)
+
+    def tags(self, name: str) -> list[dict[str, str | None]]:
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+    @property
+    def content(self) -> str:
+        return "".join(self.text)
+
+
+def dialogue(number: int) -> dict[str, Any]:
+    said = []
+    for turn in range(5):
+        said.append({"speaker": "seeker", "annotation": {}, "content": f"User {number} says {turn} {ATTACK}"})
+        said.append({"speaker": "supporter", "annotation": {"strategy": "Question"}, "content": f"Why {turn}?"})
+    return {"dialog": said, "emotion_type": "sadness", "problem_type": "job", "situation": "s"}
+
+
+def metrics(stage: str) -> list[dict[str, Any]]:
+    names = ["loss"] if stage == "M0" else ["loss", "dpo", "sft", "accuracy", "chosen_reward", "rejected_reward"]
+    names += [] if stage == "M0" else ["chosen_logp_per_token", "rejected_logp_per_token"]
+    records: list[dict[str, Any]] = []
+    for step in range(12):
+        values = {name: 1 / (step + 1 + index) for index, name in enumerate(names)}
+        records.append({"step": step, **values, "seconds": 0.5} | ({"held_out": values} if step % 4 == 3 else {}))
+    return records
+
+
+def write_stage(run: Path, stage: str, examples: list[Example]) -> None:
+    """A stage as the loop leaves it; M0's replies are shorter than those of the others."""
+    write_jsonl(run / stage / "metrics.jsonl", metrics(stage))
+    more = "" if stage == "M0" else " How is that for you?"
+    texts = [f"{stage} answers {index}: I hear you {ATTACK}{more}" for index in range(len(examples))]
+    replies = [{"index": index, **vars(Reply(text))} for index, text in enumerate(texts)]
+    write_jsonl(run / "eval" / f"{stage}.replies.jsonl", replies)
+    score_answers(run / "eval", stage)
+    if stage == "M0":
+        return
+    thought = {"understanding": {"profile": ATTACK, "emotion": "fear"}, "score": 2, "feedback": "vague", "refined": "x"}
+    pairs = [
+        Pair(f"d{i}#1", f"d{i}", reply_prompt(to_messages(one.context)), f"User {i} {ATTACK}", "No.", "Why?", "refined",
+             thought) for i, one in enumerate(examples)
+    ]  # fmt: skip
+    write_jsonl(run / stage / "pairs.jsonl", [pair.as_record() for pair in pairs])
+    write_json(run / stage / "filter.json", {"examples": 9, "kept_refined": len(pairs)})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    for name, count in (("human.json", 10), ("test.json", 8)):
+        (folder / name).write_text(json.dumps([dialogue(number) for number in range(count)]))
+    config = EvolveConfig(
+        "backbone/tiny", str(folder / "human.json"), str(folder / "run"), test=str(folder / "test.json")
+    )
+    run = open_run(config)
+    corpus = read_corpus(config)
+    write_json(run / "data.json", corpus.report())
+    write_examples(run / "eval", corpus.test)
+    for stage in ("M0", "M1", "M2"):
+        write_stage(run, stage, corpus.test)
+    return run
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def html(made: Path) -> str:
+    """The page of a whole run."""
+    return write_report(made).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+
+
+def read_page(run: Path) -> Page:
+    return Page(write_report(run).read_text(encoding="utf-8"))
+
+
+def headings(page: Page) -> list[str]:
+    names = ["scores", "judge", "training", "preference-pairs", "phrases", "replies-side-by-side"]
+    names += ["from-reply-to-refinement", "data", "settings"]
+    found = [str(attributes["id"]) for attributes in page.tags("h2")]
+    assert set(found) <= set(names)
+    return found
+
+
+def test_a_whole_run_gives_every_section_and_every_figure(html: str) -> None:
+    found = Page(html)
+    assert headings(found) == [
+        "scores", "training", "preference-pairs", "phrases", "replies-side-by-side", "from-reply-to-refinement", "data",
+        "settings",
+    ]  # fmt: skip
+    assert len(found.tags("svg")) == 1 + 4 + 4 + 2 + 2
+    assert len(found.tags("figure")) == len(found.tags("figcaption")) == len(found.tags("svg"))
+    assert "unfinished" not in found.content
+
+
+def test_the_page_is_well_formed_and_needs_nothing_else(html: str) -> None:
+    found = Page(html)
+    assert html.startswith("<!DOCTYPE html>")
+    assert not found.wrong
+    assert not found.open
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in found.elements}
+    for tag, attributes in found.elements:
+        for name, value in attributes.items():
+            assert not re.search(r"https?:|//|data:|@import", value or ""), (tag, name, value)
+            assert not name.startswith("on")
+    assert not re.search(r"@import|url\(", str(re.search("<style>(.*?)</style>", html, re.DOTALL)))
+
+
+def test_ids_are_unique_and_every_reference_finds_its_target(html: str) -> None:
+    found = Page(html)
+    ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    used = set()
+    for _, attributes in found.elements:
+        for name, value in attributes.items():
+            if name in ("href", "xlink:href"):
+                assert str(value).startswith("#")
+                used.add(str(value)[1:])
+            used |= set(re.findall(r"url\(#(.*?)\)", value or ""))
+    assert used <= set(ids)
+    assert any(mark.startswith("words-r-") for mark in used)
+
+
+def test_the_page_can_be_read_without_looking(html: str) -> None:
+    found = Page(html)
+    assert found.tags("html")[0]["lang"] == "en"
+    assert len(found.tags("h1")) == 1
+    levels = [int(tag[1]) for tag, _ in found.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert all(next_one <= level + 1 for level, next_one in pairwise(levels))
+    for drawing in found.tags("svg"):
+        assert drawing["role"] == "img"
+        assert drawing["aria-label"]
+    for box in found.tags("div"):
+        if box.get("class") == "scroll":
+            assert box["aria-label"]
+            assert box["tabindex"] == "0"
+    assert all(cell["scope"] in ("col", "row") for cell in found.tags("th"))
+
+
+def test_what_users_and_models_wrote_is_text_and_never_markup(html: str) -> None:
+    found = Page(html)
+    assert not found.tags("script")
+    assert f"M2 answers 2: I hear you {ATTACK}" in found.content  # as it was written
+    assert f"User 1 says 1 {ATTACK}" in found.content
+    assert found.content.count(f"profile{ATTACK}") == 2
+
+
+def test_the_same_run_gives_the_same_page(made: Path, html: str) -> None:
+    assert write_report(made).read_text(encoding="utf-8") == html
+
+
+def row(found: Page, model: str) -> str:
+    """The text of a model's row in the first table."""
+    return found.content.split("(corpus)Length")[1].split(model)[1].split("M")[0]
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_cell_has_the_value_its_change_and_its_interval_and_a_star_for_a_proven_change(run: Path) -> None:
+    scores = {stage: read_json(run / "eval" / f"{stage}.json")["scores"]["Length"] for stage in ("M0", "M1", "M2")}
+    found = read_page(run)
+    for before, stage, star in (("", "M0", ""), ("M0", "M1", " *"), ("M1", "M2", "")):
+        value, (low, high) = scores[stage]["value"], scores[stage]["interval"]
+        change = f"{value - scores[before]['value']:+.2f}{star}" if before else ""
+        assert f"{value:.2f}{change}{low:.2f} to {high:.2f}" in row(found, stage)
+    assert scores["M1"]["signature"] in found.content
+    (run / "eval" / "M0.values.jsonl").unlink()  # nothing left to test with
+    assert " *" not in row(read_page(run), "M1")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_another_convention_has_a_table_of_its_own(run: Path) -> None:
+    report = {"model": "M0", "replies": 3, "scores": {"F1": {"value": 12.5, "signature": "f1|tok:other"}}}
+    write_json(run / "eval" / "M0.esconv.json", report)
+    write_json(run / "eval" / "scores.json", {"M0": {"BLEU-2": 1.0}})
+    found = read_page(run).content
+    assert found.index("(convention: paper)") < found.index("(convention: esconv)")
+    assert found.count("(convention: ") == 2
+    assert "modelF1M012.50" in found
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_judges_scores_are_shown_with_what_went_wrong(run: Path) -> None:
+    judged = {"judge": "a <judge>", "answered": 11, "failures": {"no JSON": 2, "refused": 0}}
+    judged["scores"] = {"Empathy": {"mean": 3.25, "interval": [3, 3.5]}}
+    write_json(run / "eval" / "M1.judge.json", judged)
+    found = read_page(run)
+    assert headings(found)[:2] == ["scores", "judge"]
+    assert "by the judge a <judge>" in found.content
+    assert "M13.253.00 to 3.5011no JSON 2" in found.content
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_an_unfinished_run_is_reported_as_far_as_it_is(run: Path) -> None:
+    for stage in ("M1", "M2"):
+        shutil.rmtree(run / stage)
+    shutil.rmtree(run / "eval")
+    found = read_page(run)
+    assert headings(found) == ["training", "data", "settings"]
+    assert "This run is unfinished: M0, M1, M2 not scored yet; there is a folder of M0." in found.content
+    shutil.rmtree(run / "M0")
+    (run / "data.json").unlink()
+    found = read_page(run)
+    assert headings(found) == ["settings"]
+    assert "no stage has begun" in found.content
+
+
+def test_a_run_of_the_second_system_is_told_apart(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {"settings": {"planning": "likeliest"}})
+    with pytest.raises(ValueError, match="is a run of something else than the loop"):
+        write_report(tmp_path)
+
+
+def test_a_stage_that_has_just_begun_is_reported_too(run: Path) -> None:
+    for name in ("metrics.jsonl", "pairs.jsonl"):
+        write_jsonl(run / "M2" / name, [])
+    (run / "M2" / "filter.json").unlink()
+    (run / "eval" / "M2.json").unlink()
+    write_jsonl(run / "eval" / "M2.replies.jsonl", read_jsonl(run / "eval" / "M2.replies.jsonl")[:1])
+    found = read_page(run)
+    assert "unfinished: M2 not scored yet" in found.content
+    assert "M1 answers 2" in found.content
+    assert "M2 answers 2" not in found.content
+
+
+def test_without_matplotlib_everything_but_the_figures_is_there(
+    run: Path, html: str, request: pytest.FixtureRequest
+) -> None:
+    full = Page(html)
+    request.getfixturevalue("no_figures")
+    assert not figures_available()
+    found = read_page(run)
+    assert headings(found) == headings(full)
+    assert not found.tags("svg")
+    assert not found.tags("figure")
+    assert len(found.tags("table")) == len(full.tags("table"))
+    assert found.content.count("matplotlib is not installed") == 1
+    with pytest.raises(FiguresError, match=r"pip install 'selfevo\[report\]'"):
+        training_figures("M0", metrics("M0"))
+
+
+def test_embeddings_add_a_table_and_figures_of_their_own(run: Path) -> None:
+    import numpy as np
+
+    def embed(texts: list[str]) -> np.ndarray:
+        return np.ones((len(texts), 3))  # all alike: a histogram without any width
+
+    found = Page(write_report(run, embed=embed).read_text())
+    assert len(found.tags("svg")) == 15
+    assert "mean hidden states" in found.content
+    assert "1.0001.000 to 1.000median 1.000" in found.content
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_a_control_is_called_one(run: Path) -> None:
+    config = read_json(run / "config.json")
+    config["settings"]["control"] = "swapped"
+    write_json(run / "config.json", config)
+    found = read_page(run).content
+    assert "control experiment (swapped)" in found
+    assert "before the control changed them" in found
+
+
+def test_drawings_take_their_ink_from_the_page(html: str) -> None:
+    drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    colours = {colour for drawing in drawings for colour in re.findall(r"#[0-9a-f]{6}\b", drawing)}
+    assert colours <= {BLUE, ORANGE, GREY, GREEN, PURPLE}
+    assert all("currentColor" in drawing for drawing in drawings)
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_lines_and_text_have_contrast_on_both_grounds(html: str) -> None:
+    style = re.findall(r"--(\w+): (#[0-9a-f]+);", html)
+    light, dark = dict(style[: len(style) // 2]), dict(style[len(style) // 2 :])
+    assert light.keys() == dark.keys()
+    for palette in (light, dark):
+        ground = palette["ground"].replace("#fff", "#ffffff")
+        for name in ("ink", "soft", "accent"):
+            assert contrast(palette[name], ground) >= 4.5
+            assert contrast(palette[name], palette["raised"]) >= 4.5
+        for colour in (BLUE, ORANGE, GREY, GREEN, PURPLE):
+            assert contrast(colour, ground) >= 3, colour
+
+
+def test_phrases_in_scripts_that_no_font_here_has_are_drawn_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = phrases_figure(["пять 五 五", "x < y"], {"M0": [0.5, 0.1], "M1": [0.0, 0.2]}, "phrases")
+    assert "五" in drawn
+    assert "x &lt; y" in drawn
+
+
+@pytest.mark.parametrize("text", [ATTACK, "\x00\x1b[31m", "\ud800", "a\nb\tc"])
+def test_text_is_escaped_and_cleared_of_what_html_cannot_hold(text: str) -> None:
+    html = page("title", section("One", table("A caption. More.", ["head"], [["row", text]]), element("p", text)))
+    html.encode()
+    found = Page(html)
+    assert not found.wrong
+    assert found.content.count(re.sub("[\x00\x1b\ud800]", "\ufffd", text)) == 2
+
+
+def test_attributes_are_escaped_and_markup_is_not_escaped_twice() -> None:
+    inner = element("b", "a < b")
+    assert join("x & ", inner) == "x &amp; <b>a &lt; b</b>"
+    assert element("a.one.two", attributes={"href": '"><script>'}) == (
+        '<a class="one two" href="&quot;&gt;&lt;script&gt;"></a>'
+    )
+
+
+def test_stages_come_by_number_and_before_other_names() -> None:
+    assert sorted(["M10", "other", "M2", "M0", "M1-plain"], key=stage_order) == ["M0", "M2", "M10", "M1-plain", "other"]
+
+
+def test_the_example_says_where_the_report_is_and_what_is_no_run(run: Path, html: str, tmp_path: Path) -> None:
+    good = subprocess.run([sys.executable, str(EXAMPLE), str(run)], capture_output=True, text=True, check=True)
+    assert Path(good.stdout.strip()) == run / "report.html"
+    assert (run / "report.html").read_text(encoding="utf-8") == html  # another process, the same page
+    bad = subprocess.run([sys.executable, str(EXAMPLE), str(tmp_path / "nothing")], capture_output=True, text=True)
+    assert bad.returncode == 1
+    assert bad.stderr.startswith("error: ")
+    assert len(bad.stderr.splitlines()) == 1

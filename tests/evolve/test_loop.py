@@ -1,0 +1,336 @@
+"""The loop end to end on a tiny backbone: its files, its numbers, resuming after SIGKILL, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file
+
+from selfevo.datasets import read_pairs
+from selfevo.datasets.encoding import fit_prompt
+from selfevo.evolve import EvolveConfig, RunError, evolve
+from selfevo.lora import load_adapter
+from selfevo.models import load_model, load_tokenizer, save_pretrained
+from selfevo.scoring import response_logps
+
+ITERATE = Path(__file__).resolve().parents[2] / "examples" / "iterate.py"
+MARKERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+SMALL: dict[str, Any] = {
+    "epochs": 1, "max_new_tokens": 12, "reflection_tokens": 16, "tries": 2, "learning_rate": 1e-3,
+    "sft_learning_rate": 1e-3, "style": "plain", "batch_size": 2, "accumulation": 1,
+}  # fmt: skip
+
+
+def dialogue(number: int, turns: int = 6) -> dict[str, Any]:
+    said = []
+    for turn in range(turns):
+        said.append({"speaker": "seeker", "annotation": {}, "content": f"I feel worse today, {number} and {turn}."})
+        said.append(
+            {"speaker": "supporter", "annotation": {"strategy": "Question"}, "content": f"Why is {turn} so hard?"}
+        )
+    return {"dialog": said, "emotion_type": "sadness", "problem_type": "job", "situation": "s"}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama-3-format checkpoint with a byte tokenizer, and small files in the public formats."""
+    folder = tmp_path_factory.mktemp("world")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=MARKERS, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([], trainer)
+    backbone = folder / "backbone"
+    backbone.mkdir()
+    tokenizer.save(str(backbone / "tokenizer.json"))
+    settings = {"bos_token": MARKERS[0], "eos_token": MARKERS[4]}
+    (backbone / "tokenizer_config.json").write_text(json.dumps(settings))
+    model = tiny_model(vocab_size=tokenizer.get_vocab_size(), max_positions=2048)
+    save_pretrained(model, load_tokenizer(backbone), backbone)
+    esconv = [dialogue(number) for number in range(10)]
+    (folder / "esconv.json").write_text(json.dumps(esconv))
+    (folder / "test.json").write_text(json.dumps(esconv[:2]))
+    turns = [{"User": "I am sad."}, {"AI Strategy": "", "AI": "Tell me more."}] * 5
+    synthetic = [{"scene": "s", "description": "d", "content": turns} for _ in range(20)]
+    (folder / "extes.json").write_text(json.dumps(synthetic))
+    replay = [{"instruction": f"Say {n}.", "input": "", "output": str(n)} for n in range(5)]
+    (folder / "alpaca.json").write_text(json.dumps(replay))
+    return folder
+
+
+def configuration(world: Path, out: Path, **changes: Any) -> EvolveConfig:
+    paths = {"backbone": str(world / "backbone"), "esconv": str(world / "esconv.json"), "out": str(out)}
+    paths |= {"test": str(world / "test.json"), "replay": str(world / "alpaca.json")}
+    return EvolveConfig(**(paths | {"synthetic": (str(world / "extes.json"),)} | SMALL | changes))
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return evolve(configuration(world, tmp_path_factory.mktemp("runs") / "finished"))
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_leaves_every_file_of_the_layout(finished: Path) -> None:
+    stored = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
+    expected = {"config.json", "data.json", "eval/examples.jsonl", "eval/table.md", "eval/scores.json", "M0/sft.json"}
+    for name in ("M0", "M1", "M2"):
+        expected |= {f"{name}/adapter_config.json", f"{name}/adapter_model.safetensors", f"{name}/metrics.jsonl"}
+        expected |= {f"eval/{name}.json", f"eval/{name}.replies.jsonl", f"eval/{name}.values.jsonl"}
+    for name in ("M1", "M2"):
+        expected |= {f"{name}/{file}" for file in ("pairs.jsonl", "filter.json", "reference.json", "replies.jsonl")}
+        expected |= {f"{name}/reflections-{attempt}.jsonl" for attempt in (1, 2)}
+    assert stored == expected
+    ordinary = (finished / "config.json").stat().st_mode
+    assert all((finished / file).stat().st_mode == ordinary for file in stored)
+
+
+def test_the_first_dpo_step_of_every_iteration_has_loss_log_2(finished: Path) -> None:
+    for name in ("M1", "M2"):
+        first = records(finished / name / "metrics.jsonl")[0]
+        assert first["dpo"] == pytest.approx(math.log(2), abs=1e-5)
+        assert first["chosen_reward"] == pytest.approx(0, abs=1e-4)
+
+
+def test_adapters_grow_by_the_rank_and_every_stage_moved(finished: Path) -> None:
+    tensors = [load_file(finished / name / "adapter_model.safetensors") for name in ("M0", "M1", "M2")]
+    ranks = [next(t.shape[0] for n, t in stage.items() if n.endswith("lora_A.weight")) for stage in tensors]
+    assert ranks == [8, 16, 24]
+    for stage in tensors:
+        assert all(float(t[:, -8:].abs().max()) > 0 for n, t in stage.items() if n.endswith("lora_B.weight"))
+
+
+def test_the_stored_reference_is_the_model_of_the_iteration_before(finished: Path, world: Path) -> None:
+    tokenizer = load_tokenizer(world / "backbone")
+    model = load_model(world / "backbone")
+    load_adapter(model, finished / "M1")
+    stored = json.loads((finished / "M2" / "reference.json").read_text())
+    pairs = read_pairs(finished / "M2" / "pairs.jsonl")
+    assert len(pairs) == len(stored["chosen"]) > 0
+    for side in ("chosen", "rejected"):
+        replies = [tokenizer.encode_reply(getattr(pair, side)) for pair in pairs]
+        examples = [(fit_prompt(tokenizer, pair.prompt, 1800).ids or [], reply) for pair, reply in zip(pairs, replies)]
+        with torch.no_grad():
+            sums, _ = response_logps(model, examples)
+        torch.testing.assert_close(sums, torch.tensor(stored[side]), rtol=1e-5, atol=1e-4)
+
+
+def test_pairs_are_counted_for_by_the_rules(finished: Path) -> None:
+    for name in ("M1", "M2"):
+        counts = json.loads((finished / name / "filter.json").read_text())
+        pairs = records(finished / name / "pairs.jsonl")
+        assert counts["pairs"] == len(pairs) == counts.get("kept_golden", 0) + counts.get("kept_refined", 0)
+        dropped = sum(count for rule, count in counts.items() if rule.endswith("_dropped"))
+        assert counts["examples"] == counts["pairs"] + dropped
+        assert all(pair["chosen"][0]["content"] != pair["rejected"][0]["content"] for pair in pairs)
+        assert all(pair["prompt"][-1]["role"] == "user" for pair in pairs)
+
+
+def test_pairs_load_in_trls_own_reader(finished: Path) -> None:
+    from datasets import load_dataset
+    from trl.data_utils import is_conversational
+
+    path = str(finished / "M1" / "pairs.jsonl")
+    dataset = load_dataset("json", data_files=path, split="train", cache_dir=str(finished.parent / "cache"))
+    assert {"prompt", "chosen", "rejected"} <= set(dataset.column_names)
+    assert is_conversational(dataset[0])
+
+
+def test_the_table_has_a_row_per_model_and_the_change_per_iteration(finished: Path) -> None:
+    table = (finished / "eval" / "table.md").read_text()
+    scores = json.loads((finished / "eval" / "scores.json").read_text())
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["M0", "M1", "M2"] == list(scores)
+    change = scores["M2"]["BLEU-2"] - scores["M1"]["BLEU-2"]
+    assert f"{scores['M2']['BLEU-2']:.2f} ({change:+.2f})" in table.splitlines()[-1]
+
+
+def flags(config: EvolveConfig) -> list[str]:
+    given: list[str] = []
+    paths = {name: getattr(config, name) for name in ("backbone", "esconv", "out", "test", "replay")}
+    for name, value in (paths | {"synthetic": config.synthetic[0]} | SMALL).items():
+        given += ["--" + name.replace("_", "-"), str(value)]
+    return given
+
+
+def iterate(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """The example in a process of its own; with KILL_AT it kills itself around the writing of that file."""
+    code = KILLER if environment else "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-c", f"import sys; del sys.argv[0]\n{code}", str(ITERATE), *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+KILLER = """
+import os, runpy, signal
+put = os.replace
+def replace(source, target):
+    at = str(target).endswith(os.environ["KILL_AT"])
+    if at and os.environ["KILL_WHEN"] == "before":
+        os.kill(os.getpid(), signal.SIGKILL)
+    put(source, target)
+    if at:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.replace = replace
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_run_killed_in_every_stage_ends_with_the_same_adapters_and_pairs(
+    finished: Path, world: Path, tmp_path: Path
+) -> None:
+    config = configuration(world, tmp_path / "killed")
+    run = Path(config.out)
+    moments = [
+        ("/config.json", "after"), ("M0/checkpoint.pt", "after"), ("M0/adapter_model.safetensors", "before"),
+        ("M0/adapter_model.safetensors", "after"), ("eval/M0.replies.jsonl", "before"), ("M1/replies.jsonl", "after"),
+        ("M1/reflections-2.jsonl", "before"), ("M1/pairs.jsonl", "after"), ("M1/reference.json", "after"),
+        ("M1/checkpoint.pt", "after"), ("M1/adapter_config.json", "after"), ("eval/M1.json", "before"),
+        ("M2/checkpoint.pt", "after"), ("eval/table.md", "before"),
+    ]  # fmt: skip
+    for file, when in moments:
+        result = iterate([*flags(config), "--resume"], KILL_AT=file, KILL_WHEN=when)
+        assert result.returncode == -signal.SIGKILL, result.stderr[-2000:]
+    assert list(run.rglob("*.partial"))
+    result = iterate([*flags(config), "--resume"])
+    assert result.returncode == 0, result.stderr[-2000:]
+    for name in ("M0", "M1", "M2"):
+        for file in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (run / name / file).read_bytes() == (finished / name / file).read_bytes(), f"{name}/{file}"
+    for file in ("M1/pairs.jsonl", "M2/pairs.jsonl", "M1/reference.json", "eval/table.md", "eval/M2.replies.jsonl"):
+        assert (run / file).read_text() == (finished / file).read_text(), file
+    assert not list(run.rglob("*.partial"))
+
+
+def test_the_embedded_default_runs_to_the_tables(tmp_path: Path) -> None:
+    result = iterate(["--limit", "8", "--epochs", "1", "--iterations", "1", "--out", str(tmp_path / "run")])
+    assert result.returncode == 0, result.stderr[-2000:]
+    row = next(line for line in result.stdout.splitlines() if line.startswith("| M1 |"))
+    assert row.count("|") == 12
+    assert "facts of this user taken up" in result.stdout
+    counts = json.loads((tmp_path / "run" / "M1" / "filter.json").read_text())
+    assert counts["kept_refined"] > 0  # the backbone does reflect
+
+
+def test_a_finished_run_is_not_touched_by_resuming_it(finished: Path, world: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("adapter_*")}
+    evolve(configuration(world, finished), resume=True)
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("adapter_*")}
+
+
+def test_a_reference_of_other_pairs_is_refused(finished: Path, world: Path, tmp_path: Path) -> None:
+    run = tmp_path / "copy"
+    shutil.copytree(finished, run)
+    (run / "M2" / "adapter_config.json").unlink()
+    lines = (run / "M2" / "pairs.jsonl").read_text().splitlines(keepends=True)
+    (run / "M2" / "pairs.jsonl").write_text("".join(lines[:-1]))
+    with pytest.raises(RunError, match=r"reference\.json: was computed with another model or other pairs"):
+        evolve(configuration(world, run), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "resume", "reason"),
+    [
+        ({}, False, "already holds a run; continue it with --resume"),
+        ({"beta": 0.2}, True, r"other settings \(beta was 0.1, now 0.2\)"),
+    ],
+)
+def test_another_runs_folder_is_left_alone(
+    finished: Path, world: Path, changes: dict[str, Any], resume: bool, reason: str
+) -> None:
+    before = (finished / "config.json").read_bytes()
+    with pytest.raises(RunError, match=reason):
+        evolve(configuration(world, finished, **changes), resume=resume)
+    assert (finished / "config.json").read_bytes() == before
+
+
+def test_a_folder_with_other_things_in_it_is_left_alone(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(RunError, match="not a run folder"):
+        evolve(configuration(world, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def break_file(world: Path, tmp_path: Path, what: str) -> dict[str, Any]:
+    """One thing wrong with the input; the changed settings."""
+    bad = tmp_path / "bad.json"
+    if what == "not JSON":
+        bad.write_text("<html>404</html>")
+        return {"esconv": str(bad)}
+    if what == "no dialog":
+        bad.write_text(json.dumps([dialogue(0), {"situation": "s"}]))
+        return {"esconv": str(bad)}
+    if what == "missing file":
+        return {"test": str(tmp_path / "nowhere.json")}
+    folder = tmp_path / "backbone"
+    shutil.copytree(world / "backbone", folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if what == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        config.write_text(config.read_text().replace('"llama"', '"gpt_neox"'))
+    return {"backbone": str(folder)}
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("not JSON", "bad.json"),
+        ("no dialog", "record 1"),
+        ("missing file", "nowhere.json"),
+        ("truncated", "truncated"),
+        ("unknown family", "gpt_neox"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_leaves_nothing_behind(
+    world: Path, tmp_path: Path, what: str, named: str
+) -> None:
+    config = configuration(world, tmp_path / "run", **break_file(world, tmp_path, what))
+    result = iterate(flags(config))
+    message = result.stderr.strip()
+    assert result.returncode == 1
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) == 1
+    assert named in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"iterations": 0}, "iterations"), ({"beta": 0.0}, "beta"), ({"top_p": 2.0}, "top_p"), ({"style": "x"}, "style")],
+)
+def test_settings_are_checked_where_they_are_made(world: Path, changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        configuration(world, Path("unused"), **changes)
+
+
+def test_the_papers_values_are_the_defaults() -> None:
+    config = EvolveConfig(backbone="b", esconv="e", out="o")
+    paper = {
+        "iterations": 2, "rank": 8, "alpha": 16.0, "learning_rate": 5e-6, "epochs": 2, "batch_size": 4,
+        "accumulation": 2, "warmup": 0.01, "patience": 3, "beta": 0.1, "gamma": 1.0, "replay_count": 500,
+        "temperature": 0.9, "top_p": 0.8, "top_k": 50, "repetition_penalty": 1.2, "tries": 3,
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in paper} == paper
+
+
+def test_every_setting_is_a_documented_flag() -> None:
+    result = subprocess.run([sys.executable, str(ITERATE), "--help"], capture_output=True, text=True, check=True)
+    for name in EvolveConfig.__dataclass_fields__:
+        assert f"--{name.replace('_', '-')}" in result.stdout
+    assert "--resume" in result.stdout

@@ -1,0 +1,338 @@
+"""From replies to preference pairs: prompts, replies on disk, messy reflections, and what each rule counts."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from selfevo.datasets import Pair, read_pairs
+from selfevo.datasets.encoding import fit_prompt
+from selfevo.datasets.prompts import reply_prompt
+from selfevo.dialogue import ESCONV_STRATEGIES, Example, Turn
+from selfevo.evolve.controls import controlled
+from selfevo.evolve.json_repair import json_object_end
+from selfevo.evolve.refine import filter_pairs
+from selfevo.evolve.reflection import ASPECTS, Reflection, parse_reflection, read_reflection, reflection_prompt
+from selfevo.files import FileError, write_jsonl
+from selfevo.generate import Reply, Sampling, generate, sample_replies
+from selfevo.generate import replies as replies_room
+from selfevo.models import ChatTokenizer, Transformer, load_tokenizer
+
+WHOLE = {
+    "understanding": {"profile": "nurse", "emotion": "sad", "personality": "shy", "intention": "comfort"},
+    "score": 2,
+    "feedback": "generic",
+    "refined_response": "Night shifts wear a nurse out. What helps you rest?",
+}
+TEXT = json.dumps(WHOLE)
+CONVERSATION = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "hello"},
+    {"role": "user", "content": "I am a nurse and I cannot sleep."},
+]
+
+
+# Prompts
+
+
+def test_the_reply_prompt_replaces_a_system_message_and_names_the_eight_strategies() -> None:
+    prompt = reply_prompt([{"role": "system", "content": "other"}, *CONVERSATION])
+    assert [message["role"] for message in prompt] == ["system", "user", "assistant", "user"]
+    assert all(name in prompt[0]["content"] for name in ESCONV_STRATEGIES)
+    plain = reply_prompt(CONVERSATION, "plain")
+    assert not any(name in plain[0]["content"] for name in ("Question", "Restatement"))
+    with pytest.raises(ValueError, match="reply style"):
+        reply_prompt(CONVERSATION, "fancy")
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2"])
+def test_a_reflection_continues_the_conversation_that_the_reply_came_from(shared: Path, name: str) -> None:
+    tokenizer = load_tokenizer(shared / "tokenizers" / name)
+    prompt = reply_prompt(CONVERSATION)
+    reflection = reflection_prompt(prompt, "I am sorry.")
+    assert [message["role"] for message in reflection[-2:]] == ["assistant", "user"]
+    assert all(f'"{aspect}"' in reflection[-1]["content"] for aspect in (*ASPECTS, "score", "refined_response"))
+    begun = tokenizer.encode_chat(prompt) + tokenizer.encode_reply("I am sorry.")
+    assert tokenizer.encode_chat(reflection)[: len(begun)] == begun
+
+
+# Reflections
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        f"```json\n{TEXT}\n```",
+        f"Sure! Here it is:\n{TEXT}\nI hope this helps.",
+        str(WHOLE),
+        TEXT[:-1] + ",}",
+        TEXT[:-1],
+        TEXT.replace('"score": 2', "score: 2"),
+    ],
+)
+def test_messy_reflections_are_recovered(text: str) -> None:
+    reflection = parse_reflection(text)
+    assert reflection is not None
+    assert reflection.refined == WHOLE["refined_response"]
+    assert reflection.understanding["profile"] == "nurse"
+    assert reflection.score == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "I cannot do that.",
+        TEXT[: TEXT.index("wear a")],
+        "{}",
+        '{"refined_response": ""}',
+        '{"refined_response": 3}',
+        "[1, 2]",
+    ],
+)
+def test_a_reflection_without_a_whole_refined_reply_is_none(text: str) -> None:
+    assert parse_reflection(text) is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(cut=st.integers(0, len(TEXT)), text=st.text(max_size=30))
+def test_parsing_never_raises(cut: int, text: str) -> None:
+    for candidate in (TEXT[:cut], text, TEXT[:cut] + text):
+        reflection = parse_reflection(candidate)
+        assert reflection is None or reflection.refined.strip()
+
+
+@pytest.mark.parametrize(
+    ("written", "score"),
+    [(3, 3), (3.0, 3), ("4", 4), ("2/5", 2), (0, None), (6, None), ("good", None), (None, None), (2.5, None)],
+)
+def test_scores_are_read_in_the_forms_that_models_write(written: Any, score: int | None) -> None:
+    reflection = read_reflection(WHOLE | {"score": written, "understanding": "nurse", "feedback": ["a", "b"]})
+    assert reflection is not None
+    assert reflection.score == score
+    assert reflection.feedback == "a, b"
+    assert reflection.understanding == dict.fromkeys(ASPECTS, "")
+
+
+# The data rules
+
+
+def filtered(reply: Reply, refined: str | None, golden: str = "golden reply") -> tuple[list[Pair], Counter[str]]:
+    example = Example("d", 3, (Turn("seeker", "hi"),), Turn("supporter", golden))
+    reflection = None if refined is None else Reflection(dict.fromkeys(ASPECTS, ""), 2, "", refined)
+    counts: Counter[str] = Counter()
+    return filter_pairs([example], [CONVERSATION], [reply], [reflection], counts), +counts
+
+
+def test_a_refined_reply_is_chosen_over_the_first_one() -> None:
+    (pair,), counts = filtered(Reply("one two three"), "four five six seven eight nine")
+    assert (pair.chosen, pair.rejected, pair.source) == ("four five six seven eight nine", "one two three", "refined")
+    assert pair.id == "d#3"
+    assert counts == {"kept_refined": 1, "pairs": 1}
+
+
+@pytest.mark.parametrize(
+    ("reply", "refined", "rule"),
+    [
+        (Reply("one two three"), "1 2 3 4 5 6 7", "golden_for_too_long_refinement"),
+        (Reply("one two three"), None, "golden_for_missing_reflection"),
+    ],
+)
+def test_the_golden_reply_stands_in_and_is_counted(reply: Reply, refined: str | None, rule: str) -> None:
+    (pair,), counts = filtered(reply, refined)
+    assert (pair.chosen, pair.source) == ("golden reply", "golden")
+    assert counts == {rule: 1, "kept_golden": 1, "pairs": 1}
+
+
+@pytest.mark.parametrize(
+    ("reply", "refined", "rule"),
+    [
+        (Reply(None), None, "reply_prompt_too_long_dropped"),
+        (Reply(""), "x", "empty_reply_dropped"),
+        (Reply("same "), "same", "identical_dropped"),
+        (Reply("golden reply"), None, "identical_dropped"),
+    ],
+)
+def test_what_makes_no_pair_is_dropped_and_counted(reply: Reply, refined: str | None, rule: str) -> None:
+    pairs, counts = filtered(reply, refined)
+    assert pairs == []
+    assert counts[rule] == 1
+    assert counts["pairs"] == 0
+
+
+def test_cut_replies_and_contexts_are_counted() -> None:
+    _, counts = filtered(Reply("one two", cut=True, turns_dropped=4), "three four")
+    assert counts["reply_cut_at_limit"] == counts["reply_context_cut"] == 1
+
+
+def test_pairs_survive_the_file_and_a_foreign_record_is_named(tmp_path: Path) -> None:
+    pairs, _ = filtered(Reply("one two three"), "four")
+    path = tmp_path / "pairs.jsonl"
+    write_jsonl(path, [pair.as_record() for pair in pairs])
+    assert read_pairs(path) == pairs
+    write_jsonl(path, [pairs[0].as_record(), {"prompt": []}])
+    with pytest.raises(FileError, match=r"pairs\.jsonl: record 1"):
+        read_pairs(path)
+
+
+# Controls
+
+
+def some_pairs(sizes: dict[str, int]) -> list[Pair]:
+    turns = [(dialogue, turn) for dialogue, size in sizes.items() for turn in range(size)]
+    return [
+        Pair(
+            f"{d}/{t}", d, [{"role": "user", "content": f"{d}{t}"}], f"chosen {d}{t}", f"rejected {d}{t}", "", "refined"
+        )
+        for d, t in turns
+    ]
+
+
+def test_swapped_pairs_prefer_what_was_rejected() -> None:
+    pairs = some_pairs({"a": 2, "b": 1})
+    swapped = controlled(pairs, "swapped")
+    assert [(pair.chosen, pair.rejected) for pair in swapped] == [(pair.rejected, pair.chosen) for pair in pairs]
+    assert controlled(swapped, "swapped") == pairs == controlled(pairs, "none") == controlled(pairs, "sft-only")
+
+
+@given(sizes=st.lists(st.integers(1, 6), min_size=2, max_size=8))
+def test_shuffled_pairs_keep_together_and_go_to_another_dialogue(sizes: list[int]) -> None:
+    pairs = some_pairs({f"d{number}": size for number, size in enumerate(sizes)})
+    if 2 * max(sizes) > sum(sizes):
+        with pytest.raises(ValueError, match="at least two dialogues"):
+            controlled(pairs, "shuffled")
+        return
+    shuffled = controlled(pairs, "shuffled")
+    assert [(pair.id, pair.prompt) for pair in shuffled] == [(pair.id, pair.prompt) for pair in pairs]
+    assert sorted(pair.chosen for pair in shuffled) == sorted(pair.chosen for pair in pairs)
+    for pair in shuffled:
+        donor = pair.chosen.removeprefix("chosen ")
+        assert pair.rejected == f"rejected {donor}"
+        assert donor[:-1] != pair.dialogue
+
+
+# Contexts that fit
+
+
+def conversation(exchanges: int) -> list[dict[str, str]]:
+    said = [{"role": "system", "content": "Be kind."}]
+    for turn in range(exchanges):
+        said += [{"role": "user", "content": f"I feel {turn}."}, {"role": "assistant", "content": f"Why {turn}?"}]
+    return said[:-1]
+
+
+@pytest.mark.parametrize("name", ["llama3", "qwen2", "mistral-v0.3"])
+@pytest.mark.parametrize("keep_last", [1, 3])
+def test_the_oldest_exchanges_go_first_and_the_longest_rest_that_fits_stays(
+    shared: Path, name: str, keep_last: int
+) -> None:
+    tokenizer = load_tokenizer(shared / "tokenizers" / name)
+    messages = conversation(6)
+    forms = [[messages[0], *messages[1 + dropped :]] for dropped in range(0, 11, 2)]
+    lengths = [len(tokenizer.encode_chat(form)) for form in forms]
+    shortest = next(i for i in reversed(range(len(forms))) if len(forms[i]) - 1 >= keep_last)
+    for room in range(min(lengths) - 2, max(lengths) + 2):
+        fitted = fit_prompt(tokenizer, messages, room, keep_last=keep_last)
+        expected = next((i for i, length in enumerate(lengths) if length <= room and i <= shortest), None)
+        if expected is None:
+            assert fitted.ids is None
+        else:
+            assert fitted.ids == tokenizer.encode_chat(forms[expected])
+            assert fitted.turns_dropped == 2 * expected
+
+
+# Replies on disk
+
+
+@pytest.fixture
+def talker(shared: Path) -> tuple[Transformer, ChatTokenizer]:
+    tokenizer = load_tokenizer(shared / "models" / "story")
+    return tiny_model(vocab_size=tokenizer.vocab_size, max_positions=160), tokenizer
+
+
+def talk(talker: tuple[Transformer, ChatTokenizer], path: Path, count: int = 7, **changes: Any) -> list[Reply]:
+    prompts = [[{"role": "user", "content": f"I feel {number}"}] for number in range(count)]
+    options: dict[str, Any] = {"sampling": Sampling(seed=5), "max_new_tokens": 10} | changes
+    return sample_replies(*talker, prompts, path, **options)
+
+
+def test_a_rollout_that_was_cut_off_continues_with_the_same_replies(
+    talker: tuple[Transformer, ChatTokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = talk(talker, tmp_path / "whole.jsonl")
+    assert len({reply.text for reply in whole}) > 3
+    for killed_after in (0, 1, 5):
+        path = tmp_path / f"{killed_after}.jsonl"
+
+        def killed(*arguments: Any, after: int = killed_after, **options: Any) -> None:
+            keep, seen = options.pop("on_reply"), []
+
+            def on_reply(place: int, ids: list[int]) -> None:
+                if len(seen) == after:
+                    raise KeyboardInterrupt
+                seen.append(place)
+                keep(place, ids)
+
+            generate(*arguments, on_reply=on_reply, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(replies_room, "generate", killed)
+            with pytest.raises(KeyboardInterrupt):
+                talk(talker, path, slots=3)
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        assert len(unfinished.read_text().splitlines()) == killed_after
+        with unfinished.open("a") as file:
+            file.write('{"index": 6, "te')  # torn by the kill
+        with monkeypatch.context() as patch:
+            asked = Mock(side_effect=generate)
+            patch.setattr(replies_room, "generate", asked)
+            assert talk(talker, path) == whole
+        assert len(asked.call_args.kwargs["keys"]) == 7 - killed_after
+        assert path.read_text() == (tmp_path / "whole.jsonl").read_text()
+        assert not unfinished.exists()
+    monkeypatch.setattr(replies_room, "generate", lambda *_, **__: pytest.fail("all of it was there"))
+    assert talk(talker, tmp_path / "whole.jsonl") == whole
+
+
+def test_replies_of_another_run_are_refused(talker: tuple[Transformer, ChatTokenizer], tmp_path: Path) -> None:
+    talk(talker, tmp_path / "r.jsonl", count=3)
+    with pytest.raises(ValueError, match="holds 3 replies where 2 are wanted"):
+        talk(talker, tmp_path / "r.jsonl", count=2)
+
+
+def test_a_prompt_that_cannot_fit_has_no_text_and_leaves_the_others_alone(
+    talker: tuple[Transformer, ChatTokenizer], tmp_path: Path
+) -> None:
+    prompts = [[{"role": "user", "content": text}] for text in ("short", "long " * 200, "short too")]
+    options: dict[str, Any] = {"sampling": Sampling(), "max_new_tokens": 5}
+    replies = sample_replies(*talker, prompts, tmp_path / "a.jsonl", **options)
+    assert [reply.text is None for reply in replies] == [False, True, False]
+    assert all(reply.cut == (reply.tokens == 5) for reply in replies)
+
+
+def test_a_balanced_object_ends_a_reflection(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    talker = (tiny_model(), load_tokenizer(shared / "tokenizers" / "qwen2"))
+    ids = talker[1].encode('x {"a": {"b": 1}} and more')
+
+    def scripted(model: Transformer, prompts: Any, *, stop_when: Any, **options: Any) -> list[list[int]]:
+        reply: list[int] = []
+        for token in ids:
+            reply.append(token)
+            if stop_when(reply):
+                break
+        for place in range(len(prompts)):
+            options["on_reply"](place, reply)
+        return []
+
+    monkeypatch.setattr(replies_room, "generate", scripted)
+    (reply,) = talk(talker, tmp_path / "j.jsonl", 1, stop_when=lambda text: json_object_end(text) is not None)
+    assert reply.text == 'x {"a": {"b": 1}}'
