@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: run test lint check clean
+.PHONY: run test lint docs check clean
 
 run: $(VENV)/.run
 	$(BIN)/python examples/iterate.py $(ARGS)
@@ -15,7 +15,10 @@ test: $(VENV)/.test
 lint: $(VENV)/.lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-check: lint test
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -W -n -q docs docs/_build
+
+check: lint docs test
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,5 +35,9 @@ $(VENV)/.lint: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(INSTALL) -e '.[test,lint]'
 	touch $@ $(VENV)/.test $(VENV)/.run
 
+$(VENV)/.docs: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(INSTALL) -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) docs/_build

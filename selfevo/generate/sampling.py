@@ -38,7 +38,7 @@ class Sampling:
             raise ValueError(f"repetition_penalty must be positive: {self.repetition_penalty}")
 
     def sample(self, logits: Tensor, seen: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
-        """Logits (V, R), overwritten, ids seen (R, L), both as :func:`logits_to_probs` wants them, sequence keys and
+        """Logits (V, R), overwritten, ids seen (R, L), both as ``logits_to_probs`` wants them, sequence keys and
         step numbers (R,) -> next ids (R,). Of likeliest ids that tie, greedy takes the smallest."""
         greedy = self.temperature == 0
         temperature, top_k, top_p = (1.0, 1, 1.0) if greedy else (self.temperature, self.top_k, self.top_p)

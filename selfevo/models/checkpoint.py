@@ -55,7 +55,7 @@ def load_model(
 
     ``dtype`` None keeps the stored one. Tensors are read one at a time, so the peak host memory is the weights in the
     target dtype plus one tensor. Raises :class:`CheckpointError` (missing, extra, mis-shaped or truncated tensors,
-    by name) or :class:`ConfigError` (a configuration feature that is not implemented, by name); both are ValueErrors.
+    by name) or ``ConfigError`` (a configuration feature that is not implemented, by name); both are ValueErrors.
     """
     folder = locate(source, patterns=("config.json", "*.safetensors", INDEX), revision=revision)
     config = read_config(folder)
