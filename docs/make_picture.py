@@ -13,7 +13,7 @@ import sys
 from html import escape
 from pathlib import Path
 
-WIDTH, HEIGHT, LEFT, TOP, BAR, FULL = 920, 300, 28, 92, 30, 250
+WIDTH, HEIGHT, LEFT, TOP, BAR, FULL = 960, 316, 28, 104, 30, 220
 COLOURS = ("#8c959f", "#54aeff", "#0969da")
 TEXT, FAINT, TRACK = "#1f2328", "#59636e", "#eaeef2"
 
@@ -35,20 +35,20 @@ def text(x: float, y: float, content: str, *, size: int = 14, fill: str = TEXT, 
 
 def draw(rates: dict[str, float], told: str, said: str, replies: dict[str, str]) -> str:
     """An SVG image with a background of its own, so that it can be read on any page."""
-    bold, right = ' font-weight="600"', 400
+    bold, right = ' font-weight="600"', 370
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
         'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
         "<title>What make run gives</title>",
         f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="8" fill="#ffffff" stroke="#d0d7de"/>',
-        text(LEFT, 36, "How much of what users told is taken up", size=15, more=bold),
-        text(LEFT, 58, "facts in the reply, of those told so far, %", size=13, fill=FAINT),
+        text(LEFT, 36, "Personalisation", size=15, more=bold),
+        text(LEFT, 58, "facts told so far that replies take up, %", size=13, fill=FAINT),
         text(right, 36, "Replies to one user", size=15, more=bold),
         text(right, 58, f"has told: {told}", size=13, fill=FAINT),
-        text(right, 84, f"user: {said}", more=' font-style="italic"'),
+        text(right, 86, f"user: {said}", more=' font-style="italic"'),
     ]
     for row, (colour, (name, rate)) in enumerate(zip(COLOURS, rates.items())):
-        y, x = TOP + 64 * row, LEFT + 38
+        y, x = TOP + 58 * row, LEFT + 38
         middle = y + BAR / 2 + 5
         parts += [
             text(LEFT, middle, name, more=bold),
