@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selfevo.settings import option
+
 _MASK = (1 << 64) - 1
 _TIES = 16  # scores beyond the k-th that are looked at in case they tie with it
 _GROUP = 16  # scores of which the maximum is taken first, see topk_by_groups
@@ -19,12 +21,15 @@ _GROUP = 16  # scores of which the maximum is taken first, see topk_by_groups
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; ``temperature`` 0 is greedy, ``top_k`` 0, ``top_p`` 1 and penalty 1 switch a step off."""
+    """How tokens are chosen; ``temperature`` 0 is greedy, ``top_k`` 0, ``top_p`` 1 and penalty 1 switch a step off.
 
-    temperature: float = 0.9
-    top_p: float = 0.8
-    top_k: int = 50
-    repetition_penalty: float = 1.2
+    In a run's settings ``seed`` is not read: every rollout has one derived from the run's.
+    """
+
+    temperature: float = option(0.9, "sampling temperature; 0 is greedy")
+    top_p: float = option(0.8, "nucleus mass; 1 switches it off")
+    top_k: int = option(50, "candidates per token; 0 switches it off")
+    repetition_penalty: float = option(1.2, "repetition penalty over prompt and reply; 1 switches it off")
     seed: int = 0
 
     def __post_init__(self) -> None:
