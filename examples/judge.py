@@ -28,7 +28,7 @@ from selfevo.evaluation.folder import answered_models, read_answers
 from selfevo.evaluation.judge import ASPECTS, Aspect, Judgement, judge_replies, load_aspects, summarise
 from selfevo.evaluation.local_responder import LocalResponder
 from selfevo.evaluation.tables import markdown_table
-from selfevo.evolve import RunConfig, load_backbone
+from selfevo.evolve import BackboneSettings, load_backbone
 from selfevo.files import FileError, read_json, read_records, write_json, write_jsonl, write_text
 from selfevo.generate import Sampling
 
@@ -64,7 +64,7 @@ def make_responder(options: argparse.Namespace, folder: Path) -> Responder:
             options.concurrency, timeout=options.timeout,
         )  # fmt: skip
         return Endpoint(settings, cache / "answers.jsonl")
-    model, tokenizer = load_backbone(RunConfig(backbone=options.judge, esconv="", out=str(folder)))
+    model, tokenizer = load_backbone(BackboneSettings(options.judge))
     sampling = Sampling(options.temperature, options.top_p, 0, 1.0, 0)
     return LocalResponder(
         model, tokenizer, options.judge, cache, sampling=sampling, max_new_tokens=options.max_tokens

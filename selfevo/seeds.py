@@ -14,7 +14,7 @@ def derive_seed(seed: int, *names: str | int) -> int:
     ====================================  ==============================================================================
     of a run's seed
     ``"split", "test"``                   human dialogues, 9:1
-    ``"split", "held-out"``               the training dialogues, 9:1, where the test dialogues are part of the same file
+    ``"split", "held-out"``               the training dialogues, 9:1, where no file of test dialogues is given
     ``"split", "seeds"``                  the seed dialogues, one part per iteration
     ``"split", "seeds", t, "held-out"``   the part of iteration t, 9:1
     ``"replay"``                          which instructions are replayed

@@ -23,7 +23,6 @@ from selfevo.models.transformer import Transformer
 from selfevo.seeds import derive_seed
 from selfevo.settings import option
 
-
 R = TypeVar("R", bound="ReplySettings")
 
 
@@ -33,9 +32,7 @@ class ReplySettings:
 
     sampling: Sampling = Sampling()
     max_new_tokens: int = option(128, "longest reply, in tokens")
-    slots: int = option(
-        SLOTS, "replies decoded at a time: more is faster, and on a CPU cheap; fewer take less memory"
-    )
+    slots: int = option(SLOTS, "replies decoded at a time: more is faster, and on a CPU cheap; fewer take less memory")
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "slots"):

@@ -49,7 +49,10 @@ def sft_objective(
 def encode_sft_examples(
     tokenizer: ChatTokenizer, conversations: Sequence[SFTExample], *, window: int, counts: Counter[str]
 ) -> SFTObjective:
-    """Conversations and the replies to them as ids; counts ``examples``, ``context_cut``, ``too_long_left_out`` and ``empty_reply_left_out``."""
+    """Conversations and the replies to them as ids.
+
+    Counts ``examples``, ``context_cut``, ``too_long_left_out`` and ``empty_reply_left_out``.
+    """
     examples: list[ScoredExample] = []
     groups: list[str] = []
     for group, messages, reply in conversations:
