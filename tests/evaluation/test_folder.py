@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_evolve import ITERATE, finished, records, world  # noqa: F401  (fixtures)
+from runs import ITERATE, finished, records, world  # noqa: F401  (fixtures)
 from test_judge import Server, says, server  # noqa: F401  (a fixture)
 from transformers import AutoModelForCausalLM
 

@@ -15,7 +15,7 @@ import torch
 from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trie import dialogue_examples, one_at_a_time
+from oracles import dialogue_examples, one_at_a_time
 from torch import Tensor
 
 from selfevo.lora import disable_adapters, freeze_adapter, inject_lora, load_adapter, lora_parameters
@@ -56,12 +56,12 @@ def move(model: Transformer, size: float) -> None:
 def dpo(model: Transformer, max_tokens: int = 4096, beta: float = 0.5, gamma: float = 1.0) -> DPOObjective:
     pairs = pair_ids()
     groups = ["a", "a", "a", "b", "b", "b"]
-    return DPOObjective(pairs, reference_logps(model, pairs, max_tokens), groups, max_tokens, beta=beta, gamma=gamma)
+    return DPOObjective(pairs, reference_logps(model, pairs, max_tokens), groups, beta=beta, gamma=gamma)
 
 
-def sft(max_tokens: int = 4096) -> SFTObjective:
+def sft() -> SFTObjective:
     examples = dialogue_examples()
-    return SFTObjective(examples, [str(index // 4) for index in range(len(examples))], max_tokens)
+    return SFTObjective(examples, [str(index // 4) for index in range(len(examples))])
 
 
 def state(model: Transformer) -> Tensor:
@@ -98,7 +98,7 @@ class Watched:
 
 
 def watched(kind: str, model: Transformer, max_tokens: int = 4096) -> Watched:
-    return Watched(dpo(model, max_tokens) if kind == "dpo" else sft(max_tokens))
+    return Watched(dpo(model, max_tokens) if kind == "dpo" else sft())
 
 
 # Configurations that must agree
@@ -196,7 +196,7 @@ def test_the_trajectory_is_that_of_a_plain_loop_over_single_sequences(tmp_path: 
 
 @pytest.mark.parametrize("max_tokens", [4096, 1])
 def test_the_sft_loss_is_the_mean_over_items_of_the_mean_over_tokens(max_tokens: int) -> None:
-    model, objective = adapted(), sft(max_tokens)
+    model, objective = adapted(), sft()
     lengths = [len(response) for _, response in objective.examples]
     assert len(set(lengths)) > 2
     expected = plain_losses("sft", model)
@@ -397,7 +397,7 @@ def test_a_gradient_that_is_not_finite_stops_the_training_before_it_is_used(tmp_
 
 def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="M0: there are no items to train on"):
-        train(adapted(), SFTObjective([], [], 4096), tmp_path / "M0", FAST, label="M0")
+        train(adapted(), SFTObjective([], []), tmp_path / "M0", FAST, label="M0")
     assert not (tmp_path / "M0").exists()
 
 
