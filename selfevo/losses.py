@@ -15,7 +15,8 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfevo.kernels.head import check_targets, linear_logps, widen
+from selfevo.kernels.elementwise import widen
+from selfevo.kernels.head import check_targets, linear_logps
 
 __all__ = ["DPOSFTLoss", "dpo_loss", "dpo_sft_loss", "linear_logps", "sequence_logps"]
 
