@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selfevo.kernels.elementwise import widen
 from selfevo.settings import option
 
 _MASK = (1 << 64) - 1
@@ -89,7 +90,7 @@ def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Moves the scores of ids seen out of the logits, where -inf takes their place: (R, L), with the penalty applied in
     float32, which the dtype of the logits may not hold."""
     places = seen * logits.shape[1] + torch.arange(len(seen), device=seen.device)[:, None]
-    scores = _widened(logits.view(-1)[places])
+    scores = widen(logits.view(-1)[places])
     logits.view(-1)[places] = -torch.inf  # on a CPU, scatter_ is slow in bfloat16
     scores = torch.where(scores < 0, scores * penalty, scores / penalty)
     scores[:, 1:].masked_fill_(seen[:, 1:] == seen[:, :1], -torch.inf)
@@ -117,7 +118,7 @@ def topk_by_groups(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """
     count = len(scores) // _GROUP
     if count < 4 * width:
-        return _widened(scores.t().contiguous()).topk(width)
+        return widen(scores.t().contiguous()).topk(width)
     groups = scores[: count * _GROUP].view(_GROUP, count, -1)
     by_bits = groups.dtype == torch.bfloat16 and groups.device.type == "cpu"
     first = groups.view(torch.int16).amax(0).view(groups.dtype) if by_bits else groups.amax(0)
@@ -127,12 +128,8 @@ def topk_by_groups(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     offsets = count * torch.arange(_GROUP, device=scores.device)
     rest = torch.arange(count * _GROUP, len(scores), device=scores.device).expand(len(winners), -1)
     places = torch.cat(((winners[:, None] + offsets[:, None]).flatten(1), rest), dim=1)
-    found, order = _widened(scores.t().gather(1, places)).topk(width)
+    found, order = widen(scores.t().gather(1, places)).topk(width)
     return found, places.gather(1, order)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def draw(probs: Tensor, ids: Tensor, noise: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from hypothesis import strategies as st
 from oracles import dialogue_examples, one_at_a_time
 from torch import Tensor
 
+from selfevo import scoring
 from selfevo.lora import disable_adapters, freeze_adapter, inject_lora, load_adapter, lora_parameters
 from selfevo.models import Transformer, transformer
-from selfevo.scoring import response_logps
+from selfevo.scoring import packed_logps, response_logps
 from selfevo.training import DPOObjective, PairIds, SFTObjective, TrainSettings, both_sides, reference_logps, train
 from selfevo.training import loop as train_room
 from selfevo.training.reference import fingerprint
@@ -563,3 +564,31 @@ def test_a_training_that_had_stopped_early_does_not_go_on(tmp_path: Path, monkey
     metrics = train(fresh, never, tmp_path, settings, held_out=never)
     assert len(metrics) == 2
     assert torch.equal(state(fresh), script.seen[0])
+
+
+# Packing
+
+
+def test_packed_log_probabilities_are_those_of_one_row_and_of_any_number_of_rows() -> None:
+    model, examples = tiny_model(), dialogue_examples()
+    sums, lengths = packed_logps(model, examples)
+    torch.testing.assert_close(sums, response_logps(model, examples, max_tokens=20)[0], rtol=1e-5, atol=1e-5)
+    assert lengths.tolist() == [len(response) for _, response in examples]
+    with pytest.raises(ValueError, match="example 1: its response has no tokens"):
+        packed_logps(model, [([1], [2]), ([1], [])])
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_pack_is_one_row_of_the_model_and_is_not_packed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("packed a second time")
+
+    monkeypatch.setattr(scoring, "pack", never)
+    model, rows = adapted(), []
+    objective = watched(kind, model, max_tokens=20)
+    model.model.embed_tokens.register_forward_hook(lambda _, arguments, __: rows.append(arguments[0].shape))
+    train(model, objective, tmp_path, replace(FAST, max_tokens=20))
+    assert len(rows) == len(objective.calls) > 2
+    assert all(shape[0] == 1 for shape in rows)
