@@ -87,7 +87,7 @@ def parse(arguments: list[str] | None = None) -> tuple[DecoupledConfig, list[int
 
 
 def make_judge(config: DecoupledConfig) -> Responder | None:
-    """The endpoint or the local model that was asked for; its answers are kept in the run folder."""
+    """The endpoint or the local model that was requested; its answers are kept in the run folder."""
     folder = Path(config.out) / "judge"
     if config.judge_url:
         return Endpoint(EndpointSettings(config.judge_url, config.judge), folder / "answers.jsonl")

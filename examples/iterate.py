@@ -38,14 +38,14 @@ EMBEDDED: dict[str, Any] = {
 
 
 def parse(arguments: list[str] | None = None) -> tuple[EvolveConfig, bool, bool]:
-    """The configuration, whether to resume, and whether only to tell the memory needed."""
+    """The configuration, whether to resume, and whether only to report the memory needed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for leaf in leaves(EvolveConfig).values():
         add_option(parser, leaf)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, to the same result")
-    parser.add_argument("--memory", action="store_true", help="only tell the memory that the backbone needs")
+    parser.add_argument("--memory", action="store_true", help="only report the memory that the backbone needs")
     given = vars(parser.parse_args(arguments))
     resume, memory = given.pop("resume"), given.pop("memory")
     values: dict[str, Any] = given
@@ -64,7 +64,7 @@ def parse(arguments: list[str] | None = None) -> tuple[EvolveConfig, bool, bool]
 
 
 def add_option(parser: argparse.ArgumentParser, leaf: Leaf) -> None:
-    """The flag of one of the settings; it has no default of its own, so what was not given can be told."""
+    """The flag of one of the settings; without a default of its own, so that only what was given is parsed."""
     flag, text, default = "--" + leaf.name.replace("_", "-"), leaf.help, leaf.default
     extra: dict[str, Any] = {"default": argparse.SUPPRESS}
     if default is REQUIRED:

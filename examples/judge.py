@@ -6,7 +6,7 @@
 
 RUN is a folder as iterate.py or evaluate.py makes it. The key of an endpoint is read from SELFEVO_API_KEY or
 OPENAI_API_KEY. Answers are cached in RUN/eval/judge-cache, so a killed command continues and a second one costs
-nothing. Answers are parsed strictly, asked for again up to three times, and every failure is told. --human compares
+nothing. Answers are parsed strictly, requested again up to three times, and every failure is reported. --human compares
 with people's scores: JSON lines {"model": "M1", "id": "...", "scores": {"Empathy": 4, ...}}, ids as in
 RUN/eval/examples.jsonl.
 """
@@ -115,8 +115,8 @@ def table(folder: Path, names: Sequence[str], aspects: Sequence[Aspect]) -> str:
     for name in names:
         report = read_json(folder / f"{name}.judge.json")
         means = [f"{report['scores'][a.name]['mean']:.2f}" if report["answered"] else "-" for a in aspects]
-        told = ", ".join(f"{reason} {count}" for reason, count in report["failures"].items() if count) or "none"
-        rows[name] = [*means, str(report["answered"]), told]
+        failures = ", ".join(f"{reason} {count}" for reason, count in report["failures"].items() if count) or "none"
+        rows[name] = [*means, str(report["answered"]), failures]
     return markdown_table(["model", *(aspect.name for aspect in aspects), "judged", "failures"], rows)
 
 

@@ -1,7 +1,7 @@
 """A run of Decoupled ESC: planner and generator by SFT then DPO on mined pairs, the joint baseline by SFT, all scored.
 
-Every stage leaves its result under its final name only when it is whole; a killed run that is resumed takes the same
-road. The reference of each DPO stage is exactly the SFT adapter before it, frozen under a fresh one.
+Every stage leaves its result under its final name only when it is whole; a killed run that is resumed repeats the
+same steps. The reference of each DPO stage is exactly the SFT adapter before it, frozen under a fresh one.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def _evaluate_plans(context: RunContext) -> dict[str, Scores]:
 
 
 def _scored(context: RunContext, name: str, prompts: Sequence[list[Message]]) -> dict[str, list[Plan | None]]:
-    """A model's plans in every way: likeliest and drawn, after one scoring; a planner's also written, if asked for."""
+    """A model's plans in every way: likeliest and drawn, after one scoring; a planner's also written, where set so."""
     restore(context.model, context.run / name)
     joint, settings = name.startswith("joint"), context.config.plans("test")
     plans = {}

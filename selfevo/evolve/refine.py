@@ -1,6 +1,6 @@
 """Preference pairs from self-reflection: reply (rejected), reflect and refine (chosen), then the paper's data rules.
 
-Section 3.3 and Appendix A: the JSON of a reflection is asked for up to three times, then the golden reply stands in;
+Section 3.3 and Appendix A: a reflection is requested as JSON up to three times, then the golden reply stands in;
 a refined reply more than twice as long as the rejected one gives way to the golden reply. Every rule counts its cases.
 """
 

@@ -60,6 +60,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         replace(self.training, learning_rate=self.sft_learning_rate)  # raises where it is out of range
+        if self.training.seed or self.replies.sampling.seed:
+            raise ValueError("a run has one seed, from which those of training and sampling are derived; set that one")
 
     @property
     def results(self) -> tuple[str, ...]:

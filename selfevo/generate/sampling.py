@@ -24,7 +24,7 @@ _GROUP = 16  # scores of which the maximum is taken first, see topk_by_groups
 class Sampling:
     """How tokens are chosen; ``temperature`` 0 is greedy, ``top_k`` 0, ``top_p`` 1 and penalty 1 switch a step off.
 
-    In a run's settings ``seed`` is not read: every rollout has one derived from the run's.
+    In the settings of a run ``seed`` stays 0: every rollout has one derived from the run's.
     """
 
     temperature: float = option(0.9, "sampling temperature; 0 is greedy")

@@ -16,7 +16,7 @@ from selfevo.trie.trie import Ids, as_ids
 
 
 class Objective(Protocol):
-    """Items to train on; ``groups`` names the dialogue of each, so that relatives can be scheduled together."""
+    """Items to train on; ``groups`` names the dialogue of each, so that items with a shared prefix stay together."""
 
     @property
     def groups(self) -> Sequence[str]: ...

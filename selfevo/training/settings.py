@@ -22,6 +22,8 @@ class AdapterSettings:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be positive, not {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora_dropout must lie in [0, 1): {self.dropout}")
 
@@ -42,8 +44,11 @@ class PreferenceSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """The optimisation of a stage. In a run's settings ``seed`` is not read: each stage has one derived from the
-    run's."""
+    """The optimisation of a stage.
+
+    In the settings of a run ``seed`` stays 0, each stage has one derived from the run's; and ``learning_rate`` is that
+    of DPO stages.
+    """
 
     learning_rate: float = option(5e-6, "learning rate of DPO stages")
     epochs: int = option(2, "epochs of every stage")

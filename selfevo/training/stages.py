@@ -1,7 +1,7 @@
 """The two kinds of training stage.
 
 A stage leaves its adapter under its final name only when it is whole, and starts from what is on disk: a killed run
-that is resumed takes the same road and ends with the same adapters.
+that is resumed repeats the same steps and ends with the same adapters.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import pytest
 
 from selfevo.evolve import BackboneSettings, EvolveConfig, RunError, evolve, load_backbone, read_settings
 from selfevo.lora import load_adapter
-from selfevo.settings import change
+from selfevo.settings import change, leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -45,6 +45,8 @@ def example(name: str, *arguments: str, said: str = "") -> subprocess.CompletedP
 
 
 def test_its_settings_are_read_into_their_parts(run: Path) -> None:
+    stored = json.loads((run / "config.json").read_text())["settings"]
+    assert set(stored) <= set(leaves(EvolveConfig))  # the names of settings, and of flags, stay
     config = read_settings(run, EvolveConfig)
     assert (config.adapter.rank, config.data.limit, config.training.epochs, config.iterations) == (1, 6, 1, 1)
     assert config.data.synthetic == ("examples/embedded/data/synthetic.json",)

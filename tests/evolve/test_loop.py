@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 
 from selfevo.datasets import read_pairs
 from selfevo.datasets.encoding import fit_prompt
-from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, RunError, evolve
+from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, RefineSettings, RunError, TrainSettings, evolve
 from selfevo.files import FileError
+from selfevo.generate import Sampling
 from selfevo.lora import load_adapter
 from selfevo.models import load_model, load_tokenizer
 from selfevo.scoring import response_logps
@@ -252,6 +253,13 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(
 def test_settings_are_checked_where_they_are_made(world: Path, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         configuration(world, Path("unused"), **changes)
+
+
+def test_a_run_has_one_seed() -> None:
+    base = {"backbone": BackboneSettings("b"), "data": DataSettings("e"), "out": "o"}
+    for part in ({"training": TrainSettings(seed=1)}, {"replies": RefineSettings(Sampling(seed=1))}):
+        with pytest.raises(ValueError, match="a run has one seed"):
+            EvolveConfig(**(base | part))
 
 
 def test_the_papers_values_are_the_defaults() -> None:
