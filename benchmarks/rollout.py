@@ -17,7 +17,8 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,7 @@ from shapes import SHAPES, dialogue_pairs, write_random
 from train import ALPHA, LINEARS, RANK, device_and_dtype
 
 from selfevo.generate import Sampling, generate
-from selfevo.generate import cache as caches
-from selfevo.generate import decoder as room
+from selfevo.generate.decoder import Phase
 from selfevo.lora import inject_lora
 from selfevo.models import load_model, load_tokenizer
 from selfevo.training import keep_freed_memory
@@ -38,22 +38,28 @@ Job = list[list[int]]  # prompts
 SAMPLING = Sampling()
 
 
-class Timers:
-    """Seconds spent in some methods, measured from outside."""
+class Stopwatch:
+    """The decoder's observer: seconds of each phase, prompt tokens computed, slots busy while prompts wait."""
 
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self.counts: dict[str, float] = {}
 
-    def around(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **options: Any) -> Any:
-            started = time.perf_counter()
-            result = method(*arguments, **options)
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
-            return result
+    @contextmanager
+    def __call__(self, phase: Phase, rows: int, waiting: int) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._add(phase, time.perf_counter() - started)
+        if phase == "prefill":
+            self._add("computed", rows)
+        elif phase == "decode" and waiting:
+            self._add("busy", rows)
+            self._add("slots", self.slots)
 
-        return timed
+    def _add(self, name: str, value: float) -> None:
+        self.counts[name] = self.counts.get(name, 0.0) + value
 
 
 def selfevo_decoder(folder: str, dtype: str, new: int, batch: int, adapters: bool) -> Work:
@@ -62,34 +68,13 @@ def selfevo_decoder(folder: str, dtype: str, new: int, batch: int, adapters: boo
     model = load_model(folder, dtype=kind, device=device)
     if adapters:
         inject_lora(model, RANK, ALPHA)
-    timers, prefilled = Timers(), [0]
-    slots = {"busy": 0, "slots": 0}  # summed over the decode steps of which prompts were waiting
-    prefill, decode, extend = room._Decoder._prefill, room._Decoder._decode, caches.Prefill.extend
-
-    def counted(self: Any, layer: int, keys: torch.Tensor, values: torch.Tensor) -> Any:
-        prefilled[0] += keys.shape[2] if layer == 0 else 0
-        return extend(self, layer, keys, values)
-
-    def watched(self: Any) -> torch.Tensor:
-        if self.packs or self.ready:
-            slots["busy"] += len(self.running)
-            slots["slots"] += len(self.keys)
-        return decode(self)
-
-    room._Decoder._prefill = timers.around("prefill", prefill)  # type: ignore[method-assign]
-    room._Decoder._decode = timers.around("decode", watched)  # type: ignore[method-assign]
-    room._Decoder._accept = timers.around("head and sampling", room._Decoder._accept)  # type: ignore[method-assign]
-    room.Sampling.choose = timers.around("sampling", room.Sampling.choose)  # type: ignore[method-assign]
-    caches.Prefill.extend = counted  # type: ignore[method-assign]
 
     def work(job: Job) -> dict[str, float]:
-        timers.seconds.clear()
-        prefilled[0] = 0
-        slots.update(busy=0, slots=0)
-        replies = generate(model, job, max_new_tokens=new, batch_size=batch, **vars(SAMPLING))
+        watch = Stopwatch(min(batch, len(job)))
+        replies = generate(model, job, max_new_tokens=new, batch_size=batch, observer=watch, **vars(SAMPLING))
         assert all(len(reply) == new for reply in replies)
-        distinct = len(build_trie(job))
-        return {"replies": len(job), "computed": prefilled[0] / distinct, **slots, **timers.seconds}
+        counts = {"replies": len(job), "busy": 0.0, "slots": 0.0, **watch.counts}
+        return counts | {"computed": counts["computed"] / len(build_trie(job))}
 
     return work
 
@@ -226,21 +211,21 @@ def main() -> None:
             f"| {name} | {spread(rates)} | {statistics.median(rates) * options.new:.3g} | {above:.2f} | "
             f"{'' if name == 'selfevo' else spread(ratios)} |"
         )
-    parts = {part: sum(r.counts[part] for r in ours) for part in ("prefill", "decode", "head and sampling", "sampling")}
+    parts = {part: sum(r.counts[part] for r in ours) for part in ("prefill", "decode", "logits", "sample")}
     total = sum(result.seconds for result in ours)
-    step = parts["decode"] + parts["head and sampling"]
+    step = parts["decode"] + parts["logits"] + parts["sample"]
     plain = statistics.mean(sum(map(len, job)) / len(job) for job in jobs[1:])
     distinct = statistics.mean(len(build_trie(job)) / len(job) for job in jobs[1:])
     print(
         f"\nprompt tokens per reply: {plain:.0f}, distinct {distinct:.0f}; computed / distinct "
         f"{statistics.mean(r.counts['computed'] for r in ours):.3f}\n"
         f"our time: prefill {parts['prefill'] / total:.0%}, decode steps {step / total:.0%}; sampling "
-        f"{parts['sampling'] / step:.1%} of the decode steps"
+        f"{parts['sample'] / step:.1%} of the decode steps"
     )
     busy, slots = (sum(r.counts[part] for r in ours) for part in ("busy", "slots"))
     if slots:
         print(f"slots busy while prompts wait: {busy / slots:.1%}")
-    per_step = (one.counts["decode"] + one.counts["head and sampling"]) / options.new
+    per_step = sum(one.counts[part] for part in ("decode", "logits", "sample")) / options.new
     rate, least = weight_bytes(options.shape, options.dtype) / per_step, bandwidth(device_and_dtype(options.dtype)[0])
     print(
         f"one reply alone: {per_step * 1e3:.1f} ms a step, {rate / 1e9:.1f} GB/s of weights, {rate / least:.0%} of the "

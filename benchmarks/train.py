@@ -27,13 +27,11 @@ import torch
 from contest import GIB, Contender, Result, Work, compete, product_seconds, spread
 from shapes import SHAPES, dialogue_pairs, write_random
 
-from selfevo import scoring
 from selfevo.lora import inject_lora
 from selfevo.losses import dpo_sft_loss
 from selfevo.models import load_model, load_tokenizer
 from selfevo.training import DPOObjective, PairIds, TrainSettings, both_sides, keep_freed_memory, reference_logps, train
-from selfevo.trie import TokenTrie, build_trie
-from selfevo.trie.trie import Ids
+from selfevo.trie import build_trie
 
 RANK, ALPHA, BETA, GAMMA, RATE = 8, 16, 0.1, 1.0, 5e-6
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -52,19 +50,16 @@ def selfevo_loop(folder: str, dtype: str, max_tokens: int, shuffle: str, checkpo
     model.checkpoint_activations = checkpointed
     passed = [0]  # tokens through the layers: the reference once, a step forward and backward
 
-    def counted(sequences: Sequence[Sequence[int] | Ids]) -> TokenTrie:
-        with torch.profiler.record_function("_build_trie"):
-            trie = build_trie(sequences)
-        passed[0] += len(trie) * (2 if torch.is_grad_enabled() else 1)
-        return trie
+    def count(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        passed[0] += arguments[0].numel() * (2 if torch.is_grad_enabled() else 1)
 
-    vars(scoring)["build_trie"] = counted
+    model.model.embed_tokens.register_forward_pre_hook(count)
 
     def work(job: Job) -> dict[str, float]:
         passed[0] = 0
         pairs = [pair for dialogue in job for pair in dialogue]
         groups = [str(number) for number, dialogue in enumerate(job) for _ in dialogue]
-        objective = DPOObjective(pairs, reference_logps(model, pairs, max_tokens), groups, max_tokens, BETA, GAMMA)
+        objective = DPOObjective(pairs, reference_logps(model, pairs, max_tokens), groups, BETA, GAMMA)
         settings = TrainSettings(learning_rate=RATE, epochs=1, max_tokens=max_tokens, shuffle=shuffle)
         with tempfile.TemporaryDirectory() as out:
             metrics = train(model, objective, Path(out), settings)

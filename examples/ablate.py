@@ -29,12 +29,14 @@ from typing import Any
 import iterate
 
 from selfevo.dialogue import to_messages
+from selfevo.evaluation.folder import read_examples
 from selfevo.evaluation.tables import markdown_table
-from selfevo.evolve import EvolveConfig, evolve, load_backbone, read_corpus
+from selfevo.evolve import EvolveConfig, evolve, load_backbone
 from selfevo.evolve.evaluate import evaluate_model
 from selfevo.evolve.run import check_run
 from selfevo.files import read_json, read_jsonl, write_text
 from selfevo.lora import load_adapter, remove_adapters
+from selfevo.settings import change
 
 sys.path.insert(0, str(iterate.HERE))
 import show
@@ -66,19 +68,19 @@ def run_variant(config: EvolveConfig) -> dict[str, Values]:
 
 def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
     """The scores of the backbone and of a run's models, answering under each kind of prompt."""
-    run, corpus = Path(config.out), read_corpus(config)
-    folder = run / "prompts"
-    model, tokenizer = load_backbone(config)
-    contexts = [to_messages(example.context) for example in corpus.test]
+    run = Path(config.out)
+    folder, examples = run / "prompts", read_examples(run / "eval")
+    model, tokenizer = load_backbone(config.backbone)
+    contexts = [to_messages(example.context) for example in examples]
     table: dict[str, Values] = {}
-    for stage in ("backbone", *(f"M{t}" for t in range(config.iterations + 1))):
+    for stage in ("backbone", *config.models):
         remove_adapters(model)
         if stage != "backbone":
             load_adapter(model, run / stage)
         for kind in ("plain", "strategies", "reflection"):
-            settings = replace(config.replies(0), style="plain" if kind == "plain" else "strategies")
+            settings = replace(config.test_replies, style="plain" if kind == "plain" else "strategies")
             name, reflecting = f"{stage}-{kind}", kind == "reflection"
-            values = evaluate_model(model, tokenizer, corpus.test, folder, name, settings, reflecting=reflecting)
+            values = evaluate_model(model, tokenizer, examples, folder, name, settings, reflecting=reflecting)
             texts = [record["text"] or "" for record in read_jsonl(folder / f"{name}.replies.jsonl")]
             rates = show.score(texts, contexts) if iterate.is_embedded(config) else {}
             table[f"{stage}, {kind}"] = rates | {c: values[c] for c in COLUMNS}
@@ -111,7 +113,7 @@ def main() -> int:
         base = iterate.parse([*others, "--out", own.out])[0]
         for name, changes in VARIANTS[own.what].items():
             for seed in own.seeds:
-                config = replace(base, out=str(out / f"{name}-{seed}"), seed=seed, **changes)
+                config = change(base, out=str(out / f"{name}-{seed}"), seed=seed, **changes)
                 print(f"{name}, seed {seed}: {config.out}", flush=True)
                 for model, values in run_variant(config).items():
                     runs.setdefault(f"{name} {model}", []).append(values)

@@ -13,19 +13,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from selfevo.datasets.encoding import fit_prompt
 from selfevo.datasets.prompts import reply_prompt
-from selfevo.evolve import EvolveConfig, RunError, load_backbone
+from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, RunError, load_backbone, read_settings
 from selfevo.evolve.refine import RefineSettings
 from selfevo.evolve.reflection import parse_reflection, reflection_prompt
-from selfevo.files import read_json
 from selfevo.generate import generate
 from selfevo.lora import load_adapter
 from selfevo.models import ChatTokenizer, Transformer
+from selfevo.settings import change
 
 Messages = list[dict[str, str]]
 
@@ -35,14 +33,12 @@ def open_model(run: str | None, name: str | None, backbone: str | None) -> tuple
     if run is None:
         if backbone is None:
             raise RunError("give a run folder, or --backbone")
-        return EvolveConfig(backbone=backbone, esconv="", out=""), None
-    stored: dict[str, Any] = read_json(Path(run) / "config.json")["settings"]
-    settings: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
-    config = EvolveConfig(**settings)
-    done = [f"M{t}" for t in range(config.iterations + 1) if (Path(run) / f"M{t}" / "adapter_config.json").is_file()]
+        return EvolveConfig(backbone=BackboneSettings(backbone), data=DataSettings(""), out=""), None
+    config = read_settings(Path(run), EvolveConfig)
+    done = [name for name in config.models if (Path(run) / name / "adapter_config.json").is_file()]
     if not done or name not in (None, *done):
         raise RunError(f"{run}: has no model {name or 'yet'}; it has {', '.join(done) or 'none'}")
-    return config if backbone is None else replace(config, backbone=backbone), str(Path(run) / (name or done[-1]))
+    return config if backbone is None else change(config, backbone=backbone), str(Path(run) / (name or done[-1]))
 
 
 def answer(
@@ -92,10 +88,10 @@ def main() -> int:
     options = parser.parse_args()
     try:
         config, adapter = open_model(options.run, options.model, options.backbone)
-        model, tokenizer = load_backbone(config)
+        model, tokenizer = load_backbone(config.backbone)
         if adapter is not None:
             load_adapter(model, adapter)
-        talk(model, tokenizer, replace(config, seed=options.seed).replies(0), options.reflect)
+        talk(model, tokenizer, config.replies.seeded(options.seed, "chat"), options.reflect)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

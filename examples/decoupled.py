@@ -20,7 +20,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,8 @@ from selfevo.evolve import load_backbone
 from selfevo.evolve.run import check_run
 from selfevo.files import read_json, write_text
 from selfevo.generate import Sampling
+from selfevo.seeds import derive_seed
+from selfevo.settings import compose, leaves
 from selfevo.training import keep_freed_memory
 
 sys.path.insert(0, str(iterate.HERE))
@@ -59,8 +61,8 @@ def parse(arguments: list[str] | None = None) -> tuple[DecoupledConfig, list[int
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    for option in fields(DecoupledConfig):
-        iterate.add_option(parser, option)
+    for leaf in leaves(DecoupledConfig).values():
+        iterate.add_option(parser, leaf)
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="INT", help="several runs, in OUT/seed-INT")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, to the same result")
     values = vars(parser.parse_args(arguments))
@@ -81,17 +83,18 @@ def parse(arguments: list[str] | None = None) -> tuple[DecoupledConfig, list[int
         values["out"] = str(Path("runs") / f"decoupled-{datetime.now():%Y%m%d-%H%M%S}")
     if seeds and "seed" in values:
         parser.error("--seed and --seeds exclude each other")
-    return DecoupledConfig(**values), seeds, resume
+    return compose(DecoupledConfig, values), seeds, resume
 
 
 def make_judge(config: DecoupledConfig) -> Responder | None:
-    """The endpoint or the local model that was asked for; its answers are kept in the run folder."""
+    """The endpoint or the local model that was requested; its answers are kept in the run folder."""
     folder = Path(config.out) / "judge"
     if config.judge_url:
         return Endpoint(EndpointSettings(config.judge_url, config.judge), folder / "answers.jsonl")
     if config.judge:
-        model, tokenizer = load_backbone(replace(config, backbone=config.judge, revision="", chat_format=""))
-        sampling = Sampling(temperature=0.8, top_p=0.95, top_k=0, repetition_penalty=1.0, seed=config.seed)
+        model, tokenizer = load_backbone(replace(config.backbone, source=config.judge, revision="", chat_format=""))
+        seed = derive_seed(config.seed, "judge")
+        sampling = Sampling(temperature=0.8, top_p=0.95, top_k=0, repetition_penalty=1.0, seed=seed)
         return LocalResponder(model, tokenizer, config.judge, folder, sampling=sampling)
     return None
 
@@ -124,7 +127,7 @@ def main() -> int:
     config = None
     try:
         config, seeds, resume = parse()
-        print(f"selfevo: {config.backbone} on {config.esconv}, into {config.out}", flush=True)
+        print(f"selfevo: {config.backbone.source} on {config.data.esconv}, into {config.out}", flush=True)
         keep_freed_memory()
         if not seeds:
             run_one(config, resume=resume)

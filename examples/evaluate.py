@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from selfevo.evolve import EvolveConfig, RunError, load_backbone
 from selfevo.evolve.evaluate import evaluate_model
 from selfevo.files import read_json, write_text
 from selfevo.lora import load_adapter, remove_adapters
+from selfevo.settings import compose, leaves
 from selfevo.training import keep_freed_memory
 
 PROMPTS = ("plain", "strategies", "reflection")
@@ -57,9 +58,9 @@ def parse() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument("--convention", choices=CONVENTIONS, default="paper", help="how to count (default: paper)")
     parser.add_argument("--extras", nargs="+", choices=EXTRAS, default=[], help="scores that need other packages")
     parser.add_argument("--bert-model", default=BERT_MODEL, metavar="TEXT", help="model of BERTScore, name or folder")
-    for option in fields(EvolveConfig):
-        if option.name in OF_REPLIES:
-            iterate.add_option(parser, option)
+    known = leaves(EvolveConfig)
+    for name in OF_REPLIES:
+        iterate.add_option(parser, known[name])
     given = vars(parser.parse_args())
     own = {name: given.pop(name) for name in list(given) if name not in OF_REPLIES}
     return argparse.Namespace(**own), given
@@ -69,7 +70,7 @@ def settings_of(folder: Path, given: dict[str, Any]) -> EvolveConfig:
     """How replies are drawn: as in the folder's run, where it is one, but for what was given."""
     stored = read_json(folder / "config.json")["settings"] if (folder / "config.json").is_file() else {}
     known = {name: stored[name] for name in OF_REPLIES if name in stored}
-    return EvolveConfig(**{"backbone": "", "esconv": "", "out": str(folder), **known, **given})
+    return compose(EvolveConfig, {"backbone": "", "esconv": "", "out": str(folder), **known, **given})
 
 
 def test_turns(folder: Path, test: str | None, limit: int) -> list[Example]:
@@ -88,13 +89,13 @@ def ask(entry: str, prompts: list[str], config: EvolveConfig, examples: list[Exa
     names = {prompt: name if len(prompts) == 1 else f"{name}-{prompt}" for prompt in prompts}
     if all((folder / f"{named}.json").is_file() for named in names.values()):
         return
-    model, tokenizer = load_backbone(replace(config, backbone=backbone))
+    model, tokenizer = load_backbone(replace(config.backbone, source=backbone))
     remove_adapters(model)
     if adapter:
         load_adapter(model, adapter)
     for prompt, named in names.items():
         style = "plain" if prompt == "plain" else "strategies"
-        settings = replace(config.replies(0), style=style)
+        settings = replace(config.test_replies, style=style)
         evaluate_model(model, tokenizer, examples, folder, named, settings, reflecting=prompt == "reflection")
 
 
@@ -107,7 +108,7 @@ def main() -> int:
         config = settings_of(Path(own.folder), given)
         if own.model:
             keep_freed_memory()
-            examples = test_turns(folder, own.test, config.limit)
+            examples = test_turns(folder, own.test, config.data.limit)
             for entry in own.model:
                 ask(entry, own.prompts, config, examples, folder)
         names = answered_models(folder)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import MISSING, Field, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from selfevo.evaluation.report import write_report
 from selfevo.evolve import EvolveConfig, evolve
 from selfevo.models.checkpoint import read_config
 from selfevo.models.hub import locate
+from selfevo.settings import REQUIRED, Leaf, compose, leaves
 from selfevo.training import describe_memory, estimate_memory, keep_freed_memory
 
 HERE = Path(__file__).resolve().parent / "embedded"
@@ -38,17 +38,17 @@ EMBEDDED: dict[str, Any] = {
 
 
 def parse(arguments: list[str] | None = None) -> tuple[EvolveConfig, bool, bool]:
-    """The configuration, whether to resume, and whether only to tell the memory needed."""
+    """The configuration, whether to resume, and whether only to report the memory needed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    for option in fields(EvolveConfig):
-        add_option(parser, option)
+    for leaf in leaves(EvolveConfig).values():
+        add_option(parser, leaf)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, to the same result")
-    parser.add_argument("--memory", action="store_true", help="only tell the memory that the backbone needs")
+    parser.add_argument("--memory", action="store_true", help="only report the memory that the backbone needs")
     given = vars(parser.parse_args(arguments))
     resume, memory = given.pop("resume"), given.pop("memory")
-    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    values: dict[str, Any] = given
     if "backbone" in values or "esconv" in values:
         missing = [name for name in ("backbone", "esconv") if name not in values]
         if missing:
@@ -60,42 +60,43 @@ def parse(arguments: list[str] | None = None) -> tuple[EvolveConfig, bool, bool]
             parser.error("--resume needs --out, the run folder to continue")
         name = Path(values["backbone"]).name if values["backbone"] != EMBEDDED["backbone"] else "embedded"
         values["out"] = str(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
-    return EvolveConfig(**values), resume, memory
+    return compose(EvolveConfig, values), resume, memory
 
 
-def add_option(parser: argparse.ArgumentParser, option: Field[Any]) -> None:
-    """The flag of one of the settings; it has no default of its own, so what was not given can be told."""
-    flag, text = "--" + option.name.replace("_", "-"), option.metadata["help"]
+def add_option(parser: argparse.ArgumentParser, leaf: Leaf) -> None:
+    """The flag of one of the settings; without a default of its own, so that only what was given is parsed."""
+    flag, text, default = "--" + leaf.name.replace("_", "-"), leaf.help, leaf.default
     extra: dict[str, Any] = {"default": argparse.SUPPRESS}
-    if option.default is MISSING:
-        where = "runs/NAME-TIME" if option.name == "out" else "the embedded one"
+    if default is REQUIRED:
+        where = "runs/NAME-TIME" if leaf.name == "out" else "the embedded one"
         parser.add_argument(flag, metavar="PATH", help=f"{text} (default: {where})", **extra)
-    elif isinstance(option.default, bool):
+    elif isinstance(default, bool):
         parser.add_argument(flag, action="store_true", help=text, **extra)
-    elif isinstance(option.default, tuple):
+    elif isinstance(default, tuple):
         parser.add_argument(flag, nargs="+", metavar="PATH", help=text, **extra)
     else:
-        shown = f" (default: {option.default})" if option.default not in ("", 0) else ""
-        choices = option.metadata.get("choices")
-        metavar = None if choices else type(option.default).__name__.upper().replace("STR", "TEXT")
+        shown = f" (default: {default})" if default not in ("", 0) else ""
+        metavar = None if leaf.choices else type(default).__name__.upper().replace("STR", "TEXT")
         parser.add_argument(
-            flag, type=type(option.default), choices=choices, metavar=metavar, help=text + shown, **extra
+            flag, type=type(default), choices=leaf.choices or None, metavar=metavar, help=text + shown, **extra
         )  # fmt: skip
 
 
 def is_embedded(config: EvolveConfig) -> bool:
     """Whether a run is tested in the embedded world, whose facts can be looked up."""
-    return config.backbone == EMBEDDED["backbone"] and config.test == EMBEDDED["test"]
+    return config.backbone.source == EMBEDDED["backbone"] and config.data.test == EMBEDDED["test"]
 
 
 def tell_memory(config: EvolveConfig) -> str:
     """What the backbone needs on a GPU, from its config.json alone."""
-    folder = locate(config.backbone, patterns=("config.json",), revision=config.revision or None)
-    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    backbone, row_tokens = config.backbone, config.training.max_tokens
+    folder = locate(backbone.source, patterns=("config.json",), revision=backbone.revision or None)
+    dtype = torch.float32 if backbone.dtype == "float32" else torch.bfloat16
     memory = estimate_memory(
-        read_config(folder), dtype=dtype, rank=config.rank, iterations=config.iterations, row_tokens=config.max_tokens
-    )
-    return f"{config.backbone}, {dtype}, rows of {config.max_tokens} tokens:\n{describe_memory(memory)}"
+        read_config(folder), iterations=config.iterations, dtype=dtype, rank=config.adapter.rank,
+        row_tokens=row_tokens, slots=config.replies.slots,
+    )  # fmt: skip
+    return f"{backbone.source}, {dtype}, rows of {row_tokens} tokens:\n{describe_memory(memory)}"
 
 
 def main() -> int:
@@ -104,7 +105,7 @@ def main() -> int:
         if memory:
             print(tell_memory(config))
             return 0
-        print(f"selfevo: {config.backbone} on {config.esconv}, into {config.out}", flush=True)
+        print(f"selfevo: {config.backbone.source} on {config.data.esconv}, into {config.out}", flush=True)
         keep_freed_memory()
         run = evolve(config, resume=resume)
         report = write_report(run)

@@ -6,7 +6,7 @@
 
 RUN is a folder as iterate.py or evaluate.py makes it. The key of an endpoint is read from SELFEVO_API_KEY or
 OPENAI_API_KEY. Answers are cached in RUN/eval/judge-cache, so a killed command continues and a second one costs
-nothing. Answers are parsed strictly, asked for again up to three times, and every failure is told. --human compares
+nothing. Answers are parsed strictly, requested again up to three times, and every failure is reported. --human compares
 with people's scores: JSON lines {"model": "M1", "id": "...", "scores": {"Empathy": 4, ...}}, ids as in
 RUN/eval/examples.jsonl.
 """
@@ -28,7 +28,7 @@ from selfevo.evaluation.folder import answered_models, read_answers
 from selfevo.evaluation.judge import ASPECTS, Aspect, Judgement, judge_replies, load_aspects, summarise
 from selfevo.evaluation.local_responder import LocalResponder
 from selfevo.evaluation.tables import markdown_table
-from selfevo.evolve import RunConfig, load_backbone
+from selfevo.evolve import BackboneSettings, load_backbone
 from selfevo.files import FileError, read_json, read_records, write_json, write_jsonl, write_text
 from selfevo.generate import Sampling
 
@@ -64,7 +64,7 @@ def make_responder(options: argparse.Namespace, folder: Path) -> Responder:
             options.concurrency, timeout=options.timeout,
         )  # fmt: skip
         return Endpoint(settings, cache / "answers.jsonl")
-    model, tokenizer = load_backbone(RunConfig(backbone=options.judge, esconv="", out=str(folder)))
+    model, tokenizer = load_backbone(BackboneSettings(options.judge))
     sampling = Sampling(options.temperature, options.top_p, 0, 1.0, 0)
     return LocalResponder(
         model, tokenizer, options.judge, cache, sampling=sampling, max_new_tokens=options.max_tokens
@@ -115,8 +115,8 @@ def table(folder: Path, names: Sequence[str], aspects: Sequence[Aspect]) -> str:
     for name in names:
         report = read_json(folder / f"{name}.judge.json")
         means = [f"{report['scores'][a.name]['mean']:.2f}" if report["answered"] else "-" for a in aspects]
-        told = ", ".join(f"{reason} {count}" for reason, count in report["failures"].items() if count) or "none"
-        rows[name] = [*means, str(report["answered"]), told]
+        failures = ", ".join(f"{reason} {count}" for reason, count in report["failures"].items() if count) or "none"
+        rows[name] = [*means, str(report["answered"]), failures]
     return markdown_table(["model", *(aspect.name for aspect in aspects), "judged", "failures"], rows)
 
 

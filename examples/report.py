@@ -13,17 +13,12 @@ from pathlib import Path
 
 from selfevo.evaluation.report import write_report
 from selfevo.evaluation.report.analysis import Embed, hidden_state_embedder
-from selfevo.evolve import EvolveConfig, load_backbone
-from selfevo.files import read_json
+from selfevo.evolve import BackboneSettings, load_backbone, read_settings
 
 
 def backbone_embedder(run: Path) -> Embed:
     """Embeddings by the backbone that a run started from."""
-    settings = read_json(run / "config.json")["settings"]
-    known = {
-        name: settings[name] for name in ("backbone", "esconv", "out", "dtype", "device", "revision", "chat_format")
-    }
-    return hidden_state_embedder(*load_backbone(EvolveConfig(**known)))
+    return hidden_state_embedder(*load_backbone(read_settings(run, BackboneSettings)))
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Sequence log-probabilities and the preference losses built on them.
+"""The preference losses, and the sequence log-probabilities that they are made of.
 
 Notation: B sequences, T tokens of a sequence, V vocabulary, D hidden size, N rows (reply tokens, or preference pairs),
 C rows of one chunk. Log-probabilities are natural logarithms, hence at most 0, and are computed in float32 whatever the
@@ -15,32 +15,10 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from selfevo.kernels.head import (
-    check_targets,
-    widen,
-)
+from selfevo.kernels.elementwise import widen
+from selfevo.kernels.head import check_targets, linear_logps
 
-
-def sequence_logps(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Summed log-probability of each labelled sequence: (B, T, V), (B, T) -> (B,) float32.
-
-    ``logits[:, t]`` predict ``labels[:, t + 1]``; the shift happens here. Positions labelled ``ignore_index`` do not
-    count, and their logits get a zero gradient even where they are not finite. A sequence without labels sums to 0.
-
-    Raises ValueError for mismatched shapes and, on the processor, for labels outside the vocabulary.
-    """
-    if logits.dim() != 3 or labels.dim() != 2 or logits.shape[:2] != labels.shape:
-        raise ValueError(
-            f"expected logits (batch, seq, vocab) and labels (batch, seq), not {tuple(logits.shape)} "
-            f"and {tuple(labels.shape)}"
-        )
-    labels = labels[:, 1:]
-    kept = labels != ignore_index
-    targets = labels[kept]
-    check_targets(targets, logits.shape[-1])
-    # Selecting first keeps prompts and padding out of the float32 copy.
-    token_logps = -F.cross_entropy(widen(logits[:, :-1][kept]), targets.long(), reduction="none")
-    return token_logps.new_zeros(labels.shape).masked_scatter(kept, token_logps).sum(dim=1)
+__all__ = ["DPOSFTLoss", "dpo_loss", "dpo_sft_loss", "linear_logps", "sequence_logps"]
 
 
 class DPOSFTLoss(NamedTuple):
@@ -51,23 +29,6 @@ class DPOSFTLoss(NamedTuple):
     sft: Tensor  # scalar, before gamma
     chosen_rewards: Tensor  # (N,) beta * (policy - reference), detached
     rejected_rewards: Tensor  # (N,) likewise
-
-
-def dpo_loss(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    reference_chosen: Tensor,
-    reference_rejected: Tensor,
-    *,
-    beta: float = 0.1,
-) -> Tensor:
-    """Direct preference optimisation (Eq. 6), four (N,) summed log-probabilities -> the mean over pairs, a scalar.
-
-    See :func:`dpo_sft_loss`, of which this is the part without supervision, for the equation and what is raised.
-    """
-    return dpo_sft_loss(
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta, gamma=0.0
-    ).dpo  # fmt: skip
 
 
 def dpo_sft_loss(
@@ -108,6 +69,45 @@ def dpo_sft_loss(
     dpo = -F.logsigmoid(chosen_rewards - rejected_rewards).mean()
     sft = -(chosen if chosen_lengths is None else chosen / chosen_lengths.to(chosen)).mean()
     return DPOSFTLoss(dpo + gamma * sft, dpo, sft, chosen_rewards.detach(), rejected_rewards.detach())
+
+
+def dpo_loss(
+    policy_chosen: Tensor,
+    policy_rejected: Tensor,
+    reference_chosen: Tensor,
+    reference_rejected: Tensor,
+    *,
+    beta: float = 0.1,
+) -> Tensor:
+    """Direct preference optimisation (Eq. 6), four (N,) summed log-probabilities -> the mean over pairs, a scalar.
+
+    See :func:`dpo_sft_loss`, of which this is the part without supervision, for the equation and what is raised.
+    """
+    return dpo_sft_loss(
+        policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta, gamma=0.0
+    ).dpo  # fmt: skip
+
+
+def sequence_logps(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Summed log-probability of each labelled sequence: (B, T, V), (B, T) -> (B,) float32.
+
+    ``logits[:, t]`` predict ``labels[:, t + 1]``; the shift happens here. Positions labelled ``ignore_index`` do not
+    count, and their logits get a zero gradient even where they are not finite. A sequence without labels sums to 0.
+
+    Raises ValueError for mismatched shapes and, on the processor, for labels outside the vocabulary.
+    """
+    if logits.dim() != 3 or labels.dim() != 2 or logits.shape[:2] != labels.shape:
+        raise ValueError(
+            f"expected logits (batch, seq, vocab) and labels (batch, seq), not {tuple(logits.shape)} "
+            f"and {tuple(labels.shape)}"
+        )
+    labels = labels[:, 1:]
+    kept = labels != ignore_index
+    targets = labels[kept]
+    check_targets(targets, logits.shape[-1])
+    # Selecting first keeps prompts and padding out of the float32 copy.
+    token_logps = -F.cross_entropy(widen(logits[:, :-1][kept]), targets.long(), reduction="none")
+    return token_logps.new_zeros(labels.shape).masked_scatter(kept, token_logps).sum(dim=1)
 
 
 def _check_pairs(named: dict[str, Tensor], beta: float, gamma: float) -> None:

@@ -32,7 +32,7 @@ def response_logps(
     sums: list[Tensor] = []
     order: list[int] = []
     for members in pack(sequences, max_tokens):
-        sums.append(_packed_logps(model, [examples[index] for index in members]))
+        sums.append(_row_logps(model, [examples[index] for index in members]))
         order += members
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.tensor(order)] = torch.arange(len(order))
@@ -40,7 +40,15 @@ def response_logps(
     return torch.cat(sums)[back.to(model.device)], lengths
 
 
-def _packed_logps(model: Transformer, examples: Sequence[Example]) -> Tensor:
+def packed_logps(model: Transformer, examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """What ``response_logps`` returns, of examples that have been packed already: all of them are one packed row,
+    however many tokens that has."""
+    check_examples(examples, model.config.vocab_size)
+    lengths = torch.tensor([len(response) for _, response in examples], device=model.device)
+    return _row_logps(model, examples), lengths
+
+
+def _row_logps(model: Transformer, examples: Sequence[Example]) -> Tensor:
     """One packed row. The last id of a sequence is only ever a target, so it is no node of the trie."""
     trie = build_trie([[*prompt, *response[:-1]] for prompt, response in examples])
     device = model.device

@@ -13,7 +13,8 @@ from selfevo.models import ModelConfig, Transformer
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for the network
-torch.set_num_threads(1)  # the models here are too small for threads to do anything but wait for one another
+# One thread unless CI asks for more: the models here are too small for threads to do anything but wait.
+torch.set_num_threads(int(os.environ.get("SELFEVO_TEST_THREADS", "1")))
 
 
 @pytest.fixture(scope="session")

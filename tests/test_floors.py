@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,55 +11,81 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "selfevo"
-# Each room may import only rooms named before it.
-ORDER = [
-    "files", "markup", "salvage", "dialogue", "prompts", "trie", "sampling", "losses", "products", "lowrank", "lora",
-    "tokens", "metrics", "significance", "scores", "strategy",
-    "models.elementwise", "models.tree_attention", "models.attention", "models.transformer",
-    "models.memory", "models.config", "models.chat", "models.hub", "models.llama", "models.qwen2", "models.mistral",
-    "models.tokenizer", "models.loading", "models",
-    "datasets", "scoring", "folding", "caches", "graphs", "generate", "replies", "endpoint",
-    "objectives", "train", "corpus", "refine", "evaluate", "judge", "analysis", "figures",
-    "stages", "evolve", "samples", "scoreboard", "report",
-    "decoupled", "mining", "support_scores", "decoupled_run",
-]  # fmt: skip
+# From the ground up. A room may import rooms of lower floors only; within a room imports run in no circle.
+FLOORS = """
+    kernels metrics dialogue files settings seeds
+    models lora losses
+    trie datasets
+    generate scoring
+    training evaluation
+    evolve
+    decoupled
+"""
+FLOOR = {room: number for number, line in enumerate(FLOORS.strip().splitlines(), 1) for room in line.split()}
 
 
-def room(path: Path) -> str:
+def module(path: Path) -> str:
+    """The dotted name below ``selfevo``; that of a package is its folder's."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(part for part in parts if part != "__init__")
 
 
+FILES = {module(path): path for path in PACKAGE.rglob("*.py")}
+
+
 def imported(path: Path) -> set[str]:
-    """The rooms that a file imports, names taken from a package included."""
+    """The modules of ours that a file imports, inside functions too; names are taken out of the module they are in."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            if any(name.removeprefix("selfevo.") not in ORDER for name in names):
-                names.append(str(node.module))  # not a package that rooms are taken out of
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:
             continue
-        found |= {name.removeprefix("selfevo.") for name in names if name.startswith("selfevo.")}
-    return {name for name in found if name in ORDER or (PACKAGE / f"{name.replace('.', '/')}.py").is_file()}
+        ours = [name.removeprefix("selfevo.") for name in names if name.startswith("selfevo.")]
+        found |= {name if name in FILES else name.rpartition(".")[0] for name in ours}
+    return found - {""}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=room)
-def test_a_room_imports_only_rooms_below_it(path: Path) -> None:
-    name = room(path)
-    if not name:
-        assert not imported(path)  # `import selfevo` loads nothing
-        return
-    assert name in ORDER, f"give {name} its floor"
-    above = {other for other in imported(path) if ORDER.index(other) >= ORDER.index(name)}
-    assert not above, f"{name} imports {above} from its own floor or above"
+def test_the_top_is_eight_files_and_nine_folders() -> None:
+    entries = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name != "__pycache__"}
+    assert entries == {*FLOOR, "__init__", "py.typed"}
+    assert len([room for room in FLOOR if (PACKAGE / f"{room}.py").is_file()]) == 8
+    assert len([room for room in FLOOR if (PACKAGE / room).is_dir()]) == 9
 
 
-def test_every_room_of_the_order_exists() -> None:
-    assert sorted(ORDER) == sorted(room(path) for path in PACKAGE.rglob("*.py") if room(path))
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_imports_run_downward(name: str) -> None:
+    room = name.split(".")[0]
+    others = {other.split(".")[0] for other in imported(FILES[name])} - {room}
+    if not room:
+        assert not others  # `import selfevo` loads nothing
+    upward = {other for other in others if FLOOR[other] >= FLOOR[room]}
+    assert not upward, f"{name} (floor {FLOOR[room]}) imports {upward}"
+
+
+def test_there_is_no_circle() -> None:
+    """A package's __init__ hands its modules on, so a module of a package may not import that package itself."""
+    graph = {name: imported(path) for name, path in FILES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_private_operators_of_pytorch_are_in_one_file() -> None:
+    private = re.compile(r"torch\.ops|torch\._[a-z]")
+    found = {name for name, path in FILES.items() if private.search(path.read_text(encoding="utf-8"))}
+    assert found == {"kernels.private_ops"}
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -74,19 +101,30 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("name", ["losses", "lora"])
 def test_losses_and_lora_need_torch_alone(name: str) -> None:
-    below = {"selfevo.lowrank", "selfevo.products"} if name == "lora" else set()
     own = {module for module in loaded_by(f"import torch, selfevo.{name}") if module.startswith("selfevo")}
-    assert own == {"selfevo", f"selfevo.{name}"} | below
+    rooms = {module.split(".")[1] for module in own if "." in module}
+    assert rooms <= {name, "kernels", "files"}
     third_party = loaded_by(f"import selfevo.{name}") - loaded_by("import torch, torch.utils.checkpoint") - own
     assert not third_party & {"safetensors", "tokenizers", "huggingface_hub", "transformers", "tqdm"}
 
 
-@pytest.mark.parametrize("name", ["metrics", "strategy"])
-def test_metrics_need_the_standard_library_alone(name: str) -> None:
+@pytest.mark.parametrize("name", ["metrics", "dialogue", "files", "settings", "seeds"])
+def test_metrics_and_records_need_the_standard_library_alone(name: str) -> None:
     loaded = {module.split(".")[0] for module in loaded_by(f"import selfevo.{name}")}
     assert loaded - sys.stdlib_module_names == {"selfevo"}
 
 
-def test_no_room_has_outgrown_its_walls() -> None:
-    sizes = {room(path): len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
-    assert max(sizes.values()) <= 430, max(sizes, key=lambda name: sizes[name])
+def test_the_public_contract_imports() -> None:
+    names = {
+        "losses": "sequence_logps dpo_loss dpo_sft_loss linear_logps",
+        "lora": "inject_lora disable_adapters lora_parameters freeze_adapter save_adapter load_adapter merge_adapters",
+        "models": "load_model load_tokenizer save_pretrained Transformer ChatTokenizer",
+        "scoring": "response_logps",
+        "generate": "generate Sampling",
+        "metrics": "bleu distinct_n rouge_l meteor",
+        "dialogue": "Turn Dialogue Example",
+        "datasets": "load_esconv load_extes load_serveforemo load_alpaca",
+        "evolve": "EvolveConfig evolve",
+    }
+    for room, listed in names.items():
+        loaded_by("; ".join(f"from selfevo.{room} import {name}" for name in listed.split()))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from selfevo.datasets.readers import load_alpaca, load_dialogues
@@ -16,12 +15,50 @@ from selfevo.dialogue import (
     reply_examples,
     split_dialogues,
 )
+from selfevo.seeds import derive_seed
+from selfevo.settings import REQUIRED, option
 
 Counts = dict[str, dict[str, int]]  # per file, what cleaning changed
 
 
 class CorpusError(ValueError):
     """Files that leave a stage without data; the message says which."""
+
+
+@dataclass(frozen=True)
+class HumanData:
+    """Human dialogues to learn from and to test on."""
+
+    esconv: str = option(REQUIRED, "human dialogues to learn from (ESConv.json); split 9:1 by dialogue")
+    test: str = option("", "test dialogues; without any, the tenth of ESConv that is held out")
+    limit: int = option(0, "at most this many records of every file, for a quick try; 0 takes all")
+
+    def __post_init__(self) -> None:
+        if self.limit < 0:
+            raise ValueError(f"limit must not be negative: {self.limit}")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that is read."""
+        return tuple(name for name in (self.esconv, self.test) if name)
+
+
+@dataclass(frozen=True)
+class DataSettings(HumanData):
+    """All dialogues of the loop: human ones, seeds of phase 2, and instructions to replay."""
+
+    synthetic: tuple[str, ...] = option((), "seed dialogues for phase 2 (ExTES, ServeForEmo, ...); without any, ESConv")
+    replay: str = option("", "general instructions to replay in phase 1 (Alpaca)")
+    replay_count: int = option(500, "instructions to replay")
+
+    def __post_init__(self) -> None:
+        if self.replay_count < 0:
+            raise ValueError(f"replay_count must not be negative: {self.replay_count}")
+        super().__post_init__()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.esconv, *self.synthetic, self.replay, self.test) if name)
 
 
 @dataclass(frozen=True)
@@ -53,48 +90,42 @@ class Corpus:
         return {"sizes": sizes, "rules": self.counts}
 
 
-def load_corpus(
-    *,
-    esconv: str,
-    synthetic: Sequence[str],
-    replay: str,
-    test: str,
-    iterations: int,
-    limit: int,
-    replay_count: int,
-    seed: int,
-) -> Corpus:
+def load_corpus(data: DataSettings, *, iterations: int, seed: int) -> Corpus:
     """Reads and cleans all files and splits them by dialogue, as the seed says.
 
-    ESConv is split 9:1. The tenth is the test set, or, where ``test`` names a file, what SFT is held out against;
-    without such a file a tenth of the training dialogues serves for that. Seeds, from ``synthetic`` or else from the
-    training dialogues, are split into one part per iteration. ``limit`` bounds the records taken of each file (0: all).
+    ESConv is split 9:1. The tenth is the test set, or, where ``data.test`` names a file, what SFT is held out against;
+    without such a file a tenth of the training dialogues serves for that. Seeds, from ``data.synthetic`` or else from
+    the training dialogues, are split into one part per iteration.
     """
     counts: Counts = {}
-    train, held_out, tested = split_human(esconv, test, limit, seed, counts)
-    sources = [dialogue for path in synthetic for dialogue in _dialogues(path, limit, counts)] or train
-    parts = split_dialogues(sources, (1 / iterations,) * iterations, seed=seed + 2)
-    test_counts = _counter(counts, test or esconv, "targets")
+    train, held_out, tested = split_human(data, seed, counts)
+    sources = [dialogue for path in data.synthetic for dialogue in _dialogues(path, data.limit, counts)] or train
+    parts = split_dialogues(sources, (1 / iterations,) * iterations, seed=derive_seed(seed, "split", "seeds"))
+    test_counts = _counter(counts, data.test or data.esconv, "targets")
     corpus = Corpus(
         train=train,
         held_out=held_out,
-        replay=_replay(replay, limit, replay_count, seed, counts),
-        seeds=[_seed_part(part, seed, _counter(counts, "seeds", f"targets_{i}")) for i, part in enumerate(parts, 1)],
+        replay=_replay(data, seed, counts),
+        seeds=[
+            _seed_part(
+                part, derive_seed(seed, "split", "seeds", i, "held-out"), _counter(counts, "seeds", f"targets_{i}")
+            )
+            for i, part in enumerate(parts, 1)
+        ],
         test=[example for dialogue in tested for example in reply_examples(dialogue, test_counts)],
         counts={name: dict(rules) for name, rules in counts.items()},
     )
-    _check(corpus, esconv, synthetic, test)
+    _check(corpus, data)
     return corpus
 
 
-def split_human(
-    esconv: str, test: str, limit: int, seed: int, counts: Counts
-) -> tuple[list[Dialogue], list[Dialogue], list[Dialogue]]:
+def split_human(data: HumanData, seed: int, counts: Counts) -> tuple[list[Dialogue], list[Dialogue], list[Dialogue]]:
     """Cleaned dialogues to train on, to hold out and to test on, dealt out as ``load_corpus`` says."""
-    train, held_out = split_dialogues(_dialogues(esconv, limit, counts), (0.9, 0.1), seed=seed)
-    if test:
-        return train, held_out, _dialogues(test, limit, counts)
-    train, early = split_dialogues(train, (0.9, 0.1), seed=seed + 1)
+    human = _dialogues(data.esconv, data.limit, counts)
+    train, held_out = split_dialogues(human, (0.9, 0.1), seed=derive_seed(seed, "split", "test"))
+    if data.test:
+        return train, held_out, _dialogues(data.test, data.limit, counts)
+    train, early = split_dialogues(train, (0.9, 0.1), seed=derive_seed(seed, "split", "held-out"))
     return train, early, held_out
 
 
@@ -120,30 +151,29 @@ def _dialogues(path: str, limit: int, counts: Counts) -> list[Dialogue]:
     return kept
 
 
-def _replay(
-    path: str, limit: int, replay_count: int, seed: int, counts: dict[str, dict[str, int]]
-) -> list[Instruction]:
-    if not path or not replay_count:
+def _replay(data: DataSettings, seed: int, counts: Counts) -> list[Instruction]:
+    if not data.replay or not data.replay_count:
         return []
-    instructions = load_alpaca(path, _counter(counts, path, "instructions"))
-    wanted = min(len(instructions), replay_count, limit or replay_count)
-    return random.Random(seed).sample(instructions, wanted)
+    instructions = load_alpaca(data.replay, _counter(counts, data.replay, "instructions"))
+    wanted = min(len(instructions), data.replay_count, data.limit or data.replay_count)
+    return random.Random(derive_seed(seed, "replay")).sample(instructions, wanted)
 
 
 def _seed_part(dialogues: list[Dialogue], seed: int, counts: Counter[str]) -> SeedPart:
-    _, held_out = split_dialogues(dialogues, (0.9, 0.1), seed=seed + 3)
+    _, held_out = split_dialogues(dialogues, (0.9, 0.1), seed=seed)
     examples = [example for dialogue in dialogues for example in reply_examples(dialogue, counts)]
     return SeedPart(examples, frozenset(dialogue.id for dialogue in held_out))
 
 
-def _check(corpus: Corpus, esconv: str, synthetic: Sequence[str], test: str) -> None:
+def _check(corpus: Corpus, data: DataSettings) -> None:
     if not corpus.train:
-        raise CorpusError(f"{esconv}: no dialogue is left to train on")
+        raise CorpusError(f"{data.esconv}: no dialogue is left to train on")
     for number, part in enumerate(corpus.seeds, 1):
         if not part.examples:
-            source = ", ".join(synthetic) or esconv
+            source = ", ".join(data.synthetic) or data.esconv
             raise CorpusError(
                 f"{source}: no supporter turn is left as a seed of iteration {number} (too few dialogues?)"
             )
     if not corpus.test:
-        raise CorpusError(f"{test or esconv}: no supporter turn is left to test on (too few or too short dialogues)")
+        path = data.test or data.esconv
+        raise CorpusError(f"{path}: no supporter turn is left to test on (too few or too short dialogues)")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,12 +31,13 @@ from selfevo.dialogue import (
     to_messages,
 )
 from selfevo.files import FileError, read_jsonl, write_jsonl
-from selfevo.generate.replies import Reply, sample_replies
+from selfevo.generate.decoder import SLOTS
+from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.generate.sampling import Sampling
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
-from selfevo.scoring import response_logps
-from selfevo.training.examples import Lesson
+from selfevo.scoring import MAX_TOKENS, packed_logps
+from selfevo.training.examples import SFTExample
 from selfevo.training.stages import restore
 from selfevo.trie.packing import pack
 from selfevo.trie.trie import as_ids
@@ -91,9 +92,9 @@ class PlanSettings:
     scoring them exactly; or a name written token by token, which may be none of the eight."""
 
     planning: str = "likeliest"
-    sampling: Sampling = field(default_factory=Sampling)
-    slots: int = 32
-    max_tokens: int = 4096
+    sampling: Sampling = Sampling()
+    slots: int = SLOTS
+    max_tokens: int = MAX_TOKENS
 
     def __post_init__(self) -> None:
         if self.planning not in PLANNING:
@@ -150,18 +151,18 @@ def read_joint(text: str) -> tuple[Plan, str]:
     return Plan(strategy_name(found[1].strip(), Counter())), text[found.end() :].strip()
 
 
-def planner_lessons(turns: Sequence[Labelled]) -> list[Lesson]:
+def planner_sft_examples(turns: Sequence[Labelled]) -> list[SFTExample]:
     return [(turn.example.dialogue, planner_prompt(turn.context), turn.strategy) for turn in turns]
 
 
-def generator_lessons(turns: Sequence[Labelled]) -> list[Lesson]:
+def generator_sft_examples(turns: Sequence[Labelled]) -> list[SFTExample]:
     return [
         (turn.example.dialogue, generator_prompt(turn.context, turn.strategy), turn.example.golden.text)
         for turn in turns
     ]
 
 
-def joint_lessons(turns: Sequence[Labelled]) -> list[Lesson]:
+def joint_sft_examples(turns: Sequence[Labelled]) -> list[SFTExample]:
     return [
         (turn.example.dialogue, joint_prompt(turn.context), joint_reply(turn.strategy, turn.example.golden.text))
         for turn in turns
@@ -174,7 +175,7 @@ def score_plans(
     prompts: Sequence[list[Message]],
     *,
     joint: bool = False,
-    max_tokens: int = 4096,
+    max_tokens: int = MAX_TOKENS,
     label: str = "plans",
 ) -> list[Plan | None]:
     """The likeliest of the eight strategies for each prompt, all eight scored exactly; None where a prompt is too long.
@@ -195,7 +196,7 @@ def score_plans(
             for members in pack(items, max_tokens):
                 own = [asked[member] for member in members]
                 examples = [(fitted[index] or [], answer) for index in own for answer in answers]
-                sums, _ = response_logps(model, examples, max_tokens=max_tokens)
+                sums, _ = packed_logps(model, examples)
                 for index, row in zip(own, sums.view(len(own), -1).log_softmax(dim=1).cpu()):
                     plans[index] = Plan(ESCONV_STRATEGIES[int(row.argmax())], tuple(row.tolist()))
                 bar.update(len(own))
@@ -215,7 +216,7 @@ def sample_plans(
     path: Path,
     *,
     sampling: Sampling,
-    slots: int = 32,
+    slots: int = SLOTS,
     label: str = "plans",
 ) -> list[Plan | None]:
     """A strategy written for each prompt, kept in ``path``; None where a prompt is too long."""
@@ -273,8 +274,7 @@ def respond(
     *,
     planner: Path,
     generator: Path,
-    sampling: Sampling,
-    max_new_tokens: int = 128,
+    replies: ReplySettings,
 ) -> list[tuple[Plan | None, Reply]]:
     """Decoupled inference: plans under the ``planner`` adapter, then replies under the ``generator`` adapter.
 
@@ -285,8 +285,9 @@ def respond(
     plans = plan(model, tokenizer, [planner_prompt(c) for c in contexts], plans_path, settings, label=plans_path.stem)
     restore(model, generator)
     prompts = [generator_prompt(c, found.known if found else UNKNOWN) for c, found in zip(contexts, plans)]
-    replies = sample_replies(
+    texts = sample_replies(
         model, tokenizer, prompts, replies_path,
-        sampling=sampling, max_new_tokens=max_new_tokens, slots=settings.slots, label=replies_path.stem,
+        sampling=replies.sampling, max_new_tokens=replies.max_new_tokens, slots=replies.slots,
+        label=replies_path.stem,
     )  # fmt: skip
-    return list(zip(plans, replies))
+    return list(zip(plans, texts))

@@ -1,7 +1,7 @@
 """A run of Decoupled ESC: planner and generator by SFT then DPO on mined pairs, the joint baseline by SFT, all scored.
 
-Every stage leaves its result under its final name only when it is whole; a killed run that is resumed takes the same
-road. The reference of each DPO stage is exactly the SFT adapter before it, frozen under a fresh one.
+Every stage leaves its result under its final name only when it is whole; a killed run that is resumed repeats the
+same steps. The reference of each DPO stage is exactly the SFT adapter before it, frozen under a fresh one.
 """
 
 from __future__ import annotations
@@ -20,41 +20,42 @@ from selfevo.decoupled.planner import (
     Labelled,
     Plan,
     PlanSettings,
-    generator_lessons,
     generator_prompt,
-    joint_lessons,
+    generator_sft_examples,
     joint_prompt,
+    joint_sft_examples,
     labelled_turns,
     plan,
-    planner_lessons,
     planner_prompt,
+    planner_sft_examples,
     read_joint,
     respond,
 )
 from selfevo.dialogue import Message
 from selfevo.evaluation.ask_json import Responder
 from selfevo.evaluation.folder import write_examples
-from selfevo.evolve.run import RunConfig, check_run, load_backbone, open_run, option
+from selfevo.evolve.run import RunConfig, check_run, is_finished, load_backbone, open_run
 from selfevo.files import read_jsonl, write_json, write_jsonl, write_text
-from selfevo.generate.replies import Reply, sample_replies
+from selfevo.generate.replies import Reply, ReplySettings, sample_replies
+from selfevo.generate.sampling import Sampling
 from selfevo.models import ChatTokenizer, Transformer
-from selfevo.training.examples import Lesson, encode_lessons
+from selfevo.settings import option
+from selfevo.training.examples import SFTExample, encode_sft_examples
+from selfevo.training.settings import PreferenceSettings
 from selfevo.training.stages import is_trained, restore, train_dpo, train_sft
 
-PLAN_SALT = 6  # one for all models: the same noise draws their plans
+STAGES = ("planner-sft", "generator-sft", "joint-sft", "planner-dpo", "generator-dpo")
+TABLES = ("eval/strategies.md", "eval/replies.md")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DecoupledConfig(RunConfig):
-    """All settings of a run, each a flag of ``examples/decoupled.py``; decoding is that of Zhang et al. (2025)."""
+    """All settings of a run, each leaf a flag of ``examples/decoupled.py``; decoding is that of Zhang et al. (2025)."""
 
-    gamma: float = option(0.0, "weight of an SFT term beside DPO; 0 is plain DPO")
-    temperature: float = option(0.7, "sampling temperature; 0 is greedy")
-    top_p: float = option(0.95, "nucleus mass; 1 switches it off")
-    top_k: int = option(0, "candidates per token; 0 switches it off")
-    repetition_penalty: float = option(1.0, "repetition penalty over prompt and reply; 1 switches it off")
+    preference: PreferenceSettings = PreferenceSettings(gamma=0.0)
+    replies: ReplySettings = ReplySettings(Sampling(temperature=0.7, top_p=0.95, top_k=0, repetition_penalty=1.0))
     planning: str = option(
-        "likeliest",
+        PlanSettings.planning,
         "the strategy to follow: the likeliest of the eight, one drawn from their probabilities, or a name written "
         "token by token",
         choices=PLANNING,
@@ -63,14 +64,19 @@ class DecoupledConfig(RunConfig):
     judge_url: str = option("", "OpenAI-compatible endpoint of the judge; without it the judge is a local backbone")
 
     def __post_init__(self) -> None:
-        self.plans(0)
+        self.plans("test")  # raises where planning is unknown
         if self.judge_url and not self.judge:
             raise ValueError("judge_url needs judge: the name of the endpoint's model")
         super().__post_init__()
 
-    def plans(self, salt: int) -> PlanSettings:
-        """How strategies are predicted; ``salt`` separates the stages' randomness."""
-        return PlanSettings(self.planning, self.sampling(salt), self.slots, self.max_tokens)
+    @property
+    def results(self) -> tuple[str, ...]:
+        return (*(f"{name}/adapter_config.json" for name in STAGES), *TABLES, "eval/scores.json")
+
+    def plans(self, stage: str) -> PlanSettings:
+        """How strategies are predicted, as a stage's pairs or, for "test", its scores need them."""
+        replies = self.replies.seeded(self.seed, "plans", stage)
+        return PlanSettings(self.planning, replies.sampling, replies.slots, self.training.max_tokens)
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Turns:
 
 
 @dataclass
-class Workshop:
+class RunContext:
     """What the stages of a run share: one backbone, on which adapters come and go."""
 
     config: DecoupledConfig
@@ -109,19 +115,22 @@ def decouple(
     (adapters; for DPO also pairs.jsonl and filter.json), and replies, plans and tables in ``eval``.
     """
     check_run(config, resume=resume)
+    if is_finished(config):
+        return Path(config.out)
     counts: Counts = {}
     turns = read_turns(config, counts)
-    model, tokenizer = load_backbone(config)
+    model, tokenizer = load_backbone(config.backbone)
     run = open_run(config)
     write_json(run / "data.json", {"turns": {name: len(part) for name, part in vars(turns).items()}, "rules": counts})
-    shop = Workshop(config, model, tokenizer, turns, run, find_errors, judge)
-    for name, lessons in (("planner", planner_lessons), ("generator", generator_lessons), ("joint", joint_lessons)):
-        _learn(shop, f"{name}-sft", lessons)
-    _prefer(shop, "planner", 1, _mine_plans)
-    strategies = _evaluate_plans(shop)
+    context = RunContext(config, model, tokenizer, turns, run, find_errors, judge)
+    _learn(context, "planner-sft", planner_sft_examples)
+    _learn(context, "generator-sft", generator_sft_examples)
+    _learn(context, "joint-sft", joint_sft_examples)
+    _prefer(context, "planner", _mine_plans)
+    strategies = _evaluate_plans(context)
     write_text(run / "eval" / "strategies.md", table_of(strategies) + "\n")
-    _prefer(shop, "generator", 2, _mine_replies)
-    replies = _evaluate_replies(shop)
+    _prefer(context, "generator", _mine_replies)
+    replies = _evaluate_replies(context)
     write_text(run / "eval" / "replies.md", table_of(replies) + "\n")
     write_json(run / "eval" / "scores.json", {"strategies": strategies, "replies": replies})
     return run
@@ -129,109 +138,109 @@ def decouple(
 
 def read_turns(config: DecoupledConfig, counts: Counts) -> Turns:
     """The labelled turns of the run's dialogues, split by dialogue. Raises CorpusError where a part has none."""
-    parts = split_human(config.esconv, config.test, config.limit, config.seed, counts)
+    parts = split_human(config.data, config.seed, counts)
     labelled: list[list[Labelled]] = []
     for name, dialogues in zip(("train", "held_out", "test"), parts):
         counter: Counter[str] = Counter()
         labelled.append(labelled_turns(dialogues, counter))
         counts[f"{name}, turns"] = dict(sorted(counter.items()))
-    for what, found, path in (("train", labelled[0], config.esconv), ("test", labelled[2], config.test)):
+    for what, found, path in (("train", labelled[0], config.data.esconv), ("test", labelled[2], config.data.test)):
         if not found:
             raise CorpusError(
-                f"{path or config.esconv}: no supporter turn to {what} on has one of ESConv's eight strategies "
+                f"{path or config.data.esconv}: no supporter turn to {what} on has one of ESConv's eight strategies "
                 "(annotation.strategy, or [Strategy] before the text)"
             )
     return Turns(*labelled)
 
 
-def _learn(shop: Workshop, name: str, lessons: Callable[[Sequence[Labelled]], list[Lesson]]) -> None:
+def _learn(context: RunContext, name: str, sft_examples: Callable[[Sequence[Labelled]], list[SFTExample]]) -> None:
     """An SFT stage on human strategies or replies."""
-    folder, config = shop.run / name, shop.config
-    if is_trained(folder):
+    stage, window = context.config.stage(name, name, sft=True), context.model.config.max_positions
+    if is_trained(stage.folder):
         return
     counts: Counter[str] = Counter()
     items, held_out = (
-        encode_lessons(
-            shop.tokenizer, lessons(part), window=shop.model.config.max_positions, max_tokens=config.max_tokens,
-            counts=counts,
-        )
-        for part in (shop.turns.train, shop.turns.held_out)
-    )  # fmt: skip
-    write_json(folder / "sft.json", dict(sorted(counts.items())))
-    train_sft(config, shop.model, items, held_out if len(held_out) else None, folder, name)
+        encode_sft_examples(context.tokenizer, sft_examples(part), window=window, counts=counts)
+        for part in (context.turns.train, context.turns.held_out)
+    )
+    write_json(stage.folder / "sft.json", dict(sorted(counts.items())))
+    train_sft(context.model, stage, items, held_out if len(held_out) else None)
 
 
 def _prefer(
-    shop: Workshop, name: str, salt: int, mine: Callable[[Workshop, list[Labelled], Path, Counter[str]], list[Pair]]
+    context: RunContext, name: str, mine: Callable[[RunContext, list[Labelled], Path, Counter[str]], list[Pair]]
 ) -> None:
     """A DPO stage on pairs mined from the SFT stage of the same model."""
-    start, folder = shop.run / f"{name}-sft", shop.run / f"{name}-dpo"
+    stage = context.config.stage(f"{name}-dpo", f"{name}-dpo", sft=False)
+    folder = stage.folder
     if is_trained(folder):
         return
-    restore(shop.model, start)
+    restore(context.model, context.run / f"{name}-sft")
     if not (folder / "filter.json").is_file():
         counts: Counter[str] = Counter()
-        pairs = mine(shop, [*shop.turns.train, *shop.turns.held_out], folder, counts)
+        pairs = mine(context, [*context.turns.train, *context.turns.held_out], folder, counts)
         write_jsonl(folder / "pairs.jsonl", [pair.as_record() for pair in pairs])
         write_json(folder / "filter.json", dict(sorted(counts.items())))
     pairs = read_pairs(folder / "pairs.jsonl")
-    held_out = shop.turns.held_out_dialogues
-    train_dpo(shop.config, shop.model, shop.tokenizer, pairs, held_out, folder, f"{name}-dpo", salt=salt)
+    held_out = context.turns.held_out_dialogues
+    train_dpo(context.model, context.tokenizer, stage, pairs, held_out, context.config.preference)
 
 
-def _mine_plans(shop: Workshop, turns: list[Labelled], folder: Path, counts: Counter[str]) -> list[Pair]:
+def _mine_plans(context: RunContext, turns: list[Labelled], folder: Path, counts: Counter[str]) -> list[Pair]:
     """Predictions are drawn, as published. Were they the likeliest ones, what a model holds likely would be rejected
     wherever the human chose otherwise, be it rarely: the pairs would teach that the likeliest is wrong."""
     prompts = [planner_prompt(turn.context) for turn in turns]
-    settings, label = shop.config.plans(3), "planner-dpo: the SFT planner's own plans"
+    settings, label = context.config.plans("planner-dpo"), "planner-dpo: the SFT planner's own plans"
     if settings.planning == "likeliest":
         settings = replace(settings, planning="drawn")
-    plans = plan(shop.model, shop.tokenizer, prompts, folder / "plans.jsonl", settings, label=label)
+    plans = plan(context.model, context.tokenizer, prompts, folder / "plans.jsonl", settings, label=label)
     return planner_pairs(turns, plans, counts)
 
 
-def _mine_replies(shop: Workshop, turns: list[Labelled], folder: Path, counts: Counter[str]) -> list[Pair]:
+def _mine_replies(context: RunContext, turns: list[Labelled], folder: Path, counts: Counter[str]) -> list[Pair]:
     prompts = [generator_prompt(turn.context, turn.strategy) for turn in turns]
-    return generator_pairs(turns, _replies(shop, prompts, folder / "replies.jsonl", 4), shop.find_errors, counts)
+    return generator_pairs(
+        turns, _replies(context, prompts, folder / "replies.jsonl", "generator-dpo"), context.find_errors, counts
+    )
 
 
-def _replies(shop: Workshop, prompts: Sequence[list[Message]], path: Path, salt: int) -> list[Reply]:
-    config = shop.config
+def _replies(context: RunContext, prompts: Sequence[list[Message]], path: Path, stage: str) -> list[Reply]:
+    settings = context.config.replies.seeded(context.config.seed, "replies", stage)
     return sample_replies(
-        shop.model, shop.tokenizer, prompts, path, sampling=config.sampling(salt),
-        max_new_tokens=config.max_new_tokens, slots=config.slots, label=f"replies, {path.parent.name}/{path.stem}",
+        context.model, context.tokenizer, prompts, path, sampling=settings.sampling,
+        max_new_tokens=settings.max_new_tokens, slots=settings.slots, label=f"replies, {path.parent.name}/{path.stem}",
     )  # fmt: skip
 
 
-def _evaluate_plans(shop: Workshop) -> dict[str, Scores]:
+def _evaluate_plans(context: RunContext) -> dict[str, Scores]:
     """Strategies: always the commonest one; the joint baseline's, as it writes them and scored; the planners'."""
-    folder, turns = shop.run / "eval", shop.turns.test
+    folder, turns = context.run / "eval", context.turns.test
     write_examples(folder, [turn.example for turn in turns])
-    commonest = Counter(turn.strategy for turn in shop.turns.train).most_common(1)[0][0]
+    commonest = Counter(turn.strategy for turn in context.turns.train).most_common(1)[0][0]
     plans: dict[str, Sequence[Plan | None]] = {"majority": [Plan(commonest)] * len(turns)}
     prompts = [joint_prompt(turn.context) for turn in turns]
-    restore(shop.model, shop.run / "joint-sft")
-    written = _replies(shop, prompts, folder / "joint-sft" / "written.jsonl", 5)
+    restore(context.model, context.run / "joint-sft")
+    written = _replies(context, prompts, folder / "joint-sft" / "written.jsonl", "test")
     plans["joint-sft written"] = [None if reply.text is None else read_joint(reply.text)[0] for reply in written]
-    plans |= _scored(shop, "joint-sft", prompts)
+    plans |= _scored(context, "joint-sft", prompts)
     for name in ("planner-sft", "planner-dpo"):
-        plans |= _scored(shop, name, [planner_prompt(turn.context) for turn in turns])
+        plans |= _scored(context, name, [planner_prompt(turn.context) for turn in turns])
     return {
         name: score_plans_of(turns, found, folder / f"{name.replace(' ', '-')}.strategies.json")
         for name, found in plans.items()
     }
 
 
-def _scored(shop: Workshop, name: str, prompts: Sequence[list[Message]]) -> dict[str, list[Plan | None]]:
-    """A model's plans in every way: likeliest and drawn, after one scoring; a planner's also written, if asked for."""
-    restore(shop.model, shop.run / name)
-    joint, settings = name.startswith("joint"), shop.config.plans(PLAN_SALT)
+def _scored(context: RunContext, name: str, prompts: Sequence[list[Message]]) -> dict[str, list[Plan | None]]:
+    """A model's plans in every way: likeliest and drawn, after one scoring; a planner's also written, where set so."""
+    restore(context.model, context.run / name)
+    joint, settings = name.startswith("joint"), context.config.plans("test")
     plans = {}
     for planning in PLANNING:
-        if planning != "written" or (shop.config.planning == planning and not joint):
-            own, path = replace(settings, planning=planning), _plan_file(shop.run, name, planning)
+        if planning != "written" or (context.config.planning == planning and not joint):
+            own, path = replace(settings, planning=planning), _plan_file(context.run, name, planning)
             plans[f"{name} {planning}"] = plan(
-                shop.model, shop.tokenizer, prompts, path, own, joint=joint, label=f"plans of {name}"
+                context.model, context.tokenizer, prompts, path, own, joint=joint, label=f"plans of {name}"
             )
     return plans
 
@@ -240,9 +249,9 @@ def _plan_file(run: Path, name: str, planning: str) -> Path:
     return run / "eval" / f"{name}.{'written' if planning == 'written' else 'plans'}.jsonl"
 
 
-def _evaluate_replies(shop: Workshop) -> dict[str, Scores]:
+def _evaluate_replies(context: RunContext) -> dict[str, Scores]:
     """Replies: of the joint baseline, and of planner and generator together, after SFT and after DPO."""
-    folder, turns, config = shop.run / "eval", shop.turns.test, shop.config
+    folder, turns, config = context.run / "eval", context.turns.test, context.config
     records = read_jsonl(folder / "joint-sft" / "written.jsonl")
     read = [(Plan(""), None) if record["text"] is None else read_joint(record["text"]) for record in records]
     replies = [record | {"text": text} for record, (_, text) in zip(records, read)]
@@ -250,14 +259,14 @@ def _evaluate_replies(shop: Workshop) -> dict[str, Scores]:
     systems = {"joint-sft": [(found.known, text) for found, text in read]}
     for stage in ("sft", "dpo"):
         answers = respond(
-            shop.model, shop.tokenizer, [turn.context for turn in turns],
-            _plan_file(shop.run, f"planner-{stage}", config.planning), folder / f"decoupled-{stage}.replies.jsonl",
-            config.plans(PLAN_SALT),
-            planner=shop.run / f"planner-{stage}", generator=shop.run / f"generator-{stage}",
-            sampling=config.sampling(5), max_new_tokens=config.max_new_tokens,
+            context.model, context.tokenizer, [turn.context for turn in turns],
+            _plan_file(context.run, f"planner-{stage}", config.planning), folder / f"decoupled-{stage}.replies.jsonl",
+            config.plans("test"),
+            planner=context.run / f"planner-{stage}", generator=context.run / f"generator-{stage}",
+            replies=config.replies.seeded(config.seed, "replies", "test"),
         )  # fmt: skip
         systems[f"decoupled-{stage}"] = [((found or Plan("")).known, reply.text) for found, reply in answers]
     return {
-        name: score_replies_of(turns, answers, folder / f"{name}.support.json", shop.find_errors, shop.judge)
+        name: score_replies_of(turns, answers, folder / f"{name}.support.json", context.find_errors, context.judge)
         for name, answers in systems.items()
     }

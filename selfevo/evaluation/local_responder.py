@@ -8,10 +8,12 @@ from pathlib import Path
 
 from selfevo.dialogue import Messages
 from selfevo.evaluation.ask_json import Answer, request_hash
+from selfevo.generate.decoder import SLOTS
 from selfevo.generate.replies import sample_replies
 from selfevo.generate.sampling import Sampling
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
+from selfevo.seeds import derive_seed
 
 
 class LocalResponder:
@@ -22,7 +24,7 @@ class LocalResponder:
 
     def __init__(
         self, model: Transformer, tokenizer: ChatTokenizer, name: str, folder: Path,
-        *, sampling: Sampling, max_new_tokens: int = 384, slots: int = 32,
+        *, sampling: Sampling, max_new_tokens: int = 384, slots: int = SLOTS,
     ) -> None:  # fmt: skip
         self._model, self._tokenizer, self._name, self._folder = model, tokenizer, name, folder
         self._sampling, self._max_new_tokens, self._slots = sampling, max_new_tokens, slots
@@ -36,7 +38,7 @@ class LocalResponder:
         request = {"name": self.name, "conversations": asked, "attempt": attempt, "tokens": self._max_new_tokens}
         replies = sample_replies(
             self._model, self._tokenizer, asked, self._folder / f"{request_hash(request | vars(self._sampling))}.jsonl",
-            sampling=replace(self._sampling, seed=self._sampling.seed + attempt),
+            sampling=replace(self._sampling, seed=derive_seed(self._sampling.seed, "attempt", attempt)),
             max_new_tokens=self._max_new_tokens, slots=self._slots, label=label or self.name,
         )  # fmt: skip
         return [

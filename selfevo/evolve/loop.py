@@ -6,129 +6,130 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from selfevo.datasets.corpus import Corpus, load_corpus
-from selfevo.datasets.prompts import REPLY_STYLES
+from selfevo.datasets.corpus import Corpus, DataSettings, load_corpus
 from selfevo.dialogue import Dialogue, Instruction
 from selfevo.evaluation.tables import comparison_table
 from selfevo.evolve.controls import CONTROLS, controlled
 from selfevo.evolve.evaluate import evaluate_model
-from selfevo.evolve.refine import SOURCES, RefineSettings, make_pairs
-from selfevo.evolve.run import RunConfig, check_run, load_backbone, open_run, option
+from selfevo.evolve.refine import RefineSettings, make_pairs
+from selfevo.evolve.run import RunConfig, check_run, is_finished, load_backbone, open_run
 from selfevo.files import write_json, write_text
 from selfevo.models import ChatTokenizer, Transformer
+from selfevo.settings import option
 from selfevo.training.examples import sft_objective
 from selfevo.training.objectives import SFTObjective
 from selfevo.training.stages import is_trained, restore, train_dpo, train_sft
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EvolveConfig(RunConfig):
-    """All settings of a run; the paper's values are the defaults. Each field is a flag of ``examples/iterate.py``."""
+    """All settings of a run; the paper's values are the defaults. Each leaf is a flag of ``examples/iterate.py``."""
 
-    synthetic: tuple[str, ...] = option((), "seed dialogues for phase 2 (ExTES, ServeForEmo, ...); without any, ESConv")
-    replay: str = option("", "general instructions to replay in phase 1 (Alpaca)")
+    data: DataSettings
+    replies: RefineSettings = RefineSettings()
     iterations: int = option(2, "self-evolution iterations")
-    style: str = option("strategies", "system prompt of replies", choices=REPLY_STYLES)
-    chosen: str = option(
-        "refined", "where chosen replies come from: the model's refinement, or the seed dialogues", choices=SOURCES
-    )
     control: str = option(
         "none",
         "an experiment that should fail: chosen and rejected swapped, replies shuffled between users, or no DPO term",
         choices=CONTROLS,
     )
-    replay_count: int = option(500, "instructions to replay")
-    reflection_tokens: int = option(384, "longest reflection, in tokens")
-    tries: int = option(3, "tries for a usable reflection before the golden reply is used")
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "reflection_tokens", "tries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.replay_count < 0:
-            raise ValueError(f"replay_count must not be negative: {self.replay_count}")
-        for name, known in (("style", REPLY_STYLES), ("chosen", SOURCES), ("control", CONTROLS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} should be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        if self.iterations < 1:
+            raise ValueError(f"iterations must be at least 1, not {self.iterations}")
+        if self.control not in CONTROLS:
+            raise ValueError(f"control should be one of {', '.join(CONTROLS)}, not {self.control!r}")
         super().__post_init__()
 
     @property
-    def data_files(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.esconv, *self.synthetic, self.replay, self.test) if name)
+    def models(self) -> tuple[str, ...]:
+        """M0, M1, ..: the stages of the run and the names of its models."""
+        return tuple(f"M{iteration}" for iteration in range(self.iterations + 1))
 
-    def replies(self, salt: int) -> RefineSettings:
-        """How replies and reflections are drawn; ``salt`` separates the stages' randomness."""
-        return RefineSettings(
-            self.sampling(salt), self.max_new_tokens, self.reflection_tokens, self.tries, self.style, self.chosen,
-            self.slots,
-        )  # fmt: skip
+    @property
+    def results(self) -> tuple[str, ...]:
+        trained = [f"{name}/adapter_config.json" for name in self.models]
+        return (*trained, *(f"eval/{name}.json" for name in self.models), "eval/scores.json", "eval/table.md")
+
+    @property
+    def test_replies(self) -> RefineSettings:
+        """How the test turns are answered: with the same draws for every model."""
+        return self.replies.seeded(self.seed, "replies", "test")
+
+
+@dataclass
+class RunContext:
+    """What the stages of a run share: one backbone, on which adapters come and go."""
+
+    config: EvolveConfig
+    model: Transformer
+    tokenizer: ChatTokenizer
+    corpus: Corpus
+    run: Path
 
 
 def evolve(config: EvolveConfig, *, resume: bool = False) -> Path:
     """Runs, or with ``resume`` continues, the whole loop; returns the run folder (its layout is in the README)."""
     check_run(config, resume=resume)
+    if is_finished(config):
+        return Path(config.out)
     corpus = read_corpus(config)
-    model, tokenizer = load_backbone(config)
+    model, tokenizer = load_backbone(config.backbone)
     run = open_run(config)
     write_json(run / "data.json", corpus.report())
-    _acquire(config, model, tokenizer, corpus, run / "M0")
-    scores = {"M0": _evaluate(config, model, tokenizer, corpus, run, "M0")}
-    for iteration in range(1, config.iterations + 1):
-        _improve(config, model, tokenizer, corpus, run, iteration)
-        name = f"M{iteration}"
-        scores[name] = _evaluate(config, model, tokenizer, corpus, run, name)
-    table = comparison_table(scores)
-    write_text(run / "eval" / "table.md", table + "\n")
+    context = RunContext(config, model, tokenizer, corpus, run)
+    scores = {}
+    for iteration, name in enumerate(config.models):
+        if iteration == 0:
+            _acquire(context, name)
+        else:
+            _improve(context, name, iteration)
+        scores[name] = _evaluate(context, name)
+    write_text(run / "eval" / "table.md", comparison_table(scores) + "\n")
     write_json(run / "eval" / "scores.json", scores)
     return run
 
 
 def read_corpus(config: EvolveConfig) -> Corpus:
     """The dialogues of a run, read, cleaned and split."""
-    return load_corpus(
-        esconv=config.esconv, synthetic=config.synthetic, replay=config.replay, test=config.test,
-        iterations=config.iterations, limit=config.limit, replay_count=config.replay_count, seed=config.seed,
-    )  # fmt: skip
+    return load_corpus(config.data, iterations=config.iterations, seed=config.seed)
 
 
-def _acquire(config: EvolveConfig, model: Transformer, tokenizer: ChatTokenizer, corpus: Corpus, folder: Path) -> None:
+def _acquire(context: RunContext, name: str) -> None:
     """Phase 1: experience acquisition, SFT with replay."""
-    if is_trained(folder):
+    stage = context.config.stage(name, f"{name}: learning from human dialogues", sft=True)
+    if is_trained(stage.folder):
         return
     counts: Counter[str] = Counter()
 
     def objective(dialogues: list[Dialogue], replay: list[Instruction]) -> SFTObjective:
-        window = model.config.max_positions
-        return sft_objective(
-            tokenizer, dialogues, replay, style=config.style, window=window, max_tokens=config.max_tokens, counts=counts
-        )
+        window, style = context.model.config.max_positions, context.config.replies.style
+        return sft_objective(context.tokenizer, dialogues, replay, style=style, window=window, counts=counts)
 
+    corpus = context.corpus
     items = objective(corpus.train, corpus.replay)
     held_out = objective(corpus.held_out, []) if corpus.held_out else None
-    write_json(folder / "sft.json", dict(sorted(counts.items())))
-    train_sft(config, model, items, held_out, folder, "M0: learning from human dialogues")
+    write_json(stage.folder / "sft.json", dict(sorted(counts.items())))
+    train_sft(context.model, stage, items, held_out)
 
 
-def _improve(
-    config: EvolveConfig, model: Transformer, tokenizer: ChatTokenizer, corpus: Corpus, run: Path, iteration: int
-) -> None:
+def _improve(context: RunContext, name: str, iteration: int) -> None:
     """Phase 2, one iteration: pairs from the model's own reflections, then DPO + gamma * SFT against itself."""
-    start, folder = run / f"M{iteration - 1}", run / f"M{iteration}"
-    if is_trained(folder):
+    config, model = context.config, context.model
+    stage = config.stage(name, f"{name}: preferring refined replies", sft=False)
+    if is_trained(stage.folder):
         return
-    restore(model, start)
-    part = corpus.seeds[iteration - 1]
-    pairs = make_pairs(model, tokenizer, part.examples, folder, config.replies(iteration))
-    train_dpo(
-        config, model, tokenizer, controlled(pairs, config.control), part.held_out, folder,
-        f"M{iteration}: preferring refined replies", salt=iteration, preferring=config.control != "sft-only",
-    )  # fmt: skip
+    restore(model, context.run / config.models[iteration - 1])
+    part = context.corpus.seeds[iteration - 1]
+    settings = config.replies.seeded(config.seed, "replies", name)
+    pairs = make_pairs(model, context.tokenizer, part.examples, stage.folder, settings)
+    preference = None if config.control == "sft-only" else config.preference
+    train_dpo(model, context.tokenizer, stage, controlled(pairs, config.control), part.held_out, preference)
 
 
-def _evaluate(
-    config: EvolveConfig, model: Transformer, tokenizer: ChatTokenizer, corpus: Corpus, run: Path, name: str
-) -> dict[str, float]:
-    folder = run / "eval"
+def _evaluate(context: RunContext, name: str) -> dict[str, float]:
+    folder = context.run / "eval"
     if not (folder / f"{name}.json").is_file():
-        restore(model, run / name)
-    return evaluate_model(model, tokenizer, corpus.test, folder, name, config.replies(0))
+        restore(context.model, context.run / name)
+    settings = context.config.test_replies
+    return evaluate_model(context.model, context.tokenizer, context.corpus.test, folder, name, settings)

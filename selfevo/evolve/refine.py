@@ -1,6 +1,6 @@
 """Preference pairs from self-reflection: reply (rejected), reflect and refine (chosen), then the paper's data rules.
 
-Section 3.3 and Appendix A: the JSON of a reflection is asked for up to three times, then the golden reply stands in;
+Section 3.3 and Appendix A: a reflection is requested as JSON up to three times, then the golden reply stands in;
 a refined reply more than twice as long as the rejected one gives way to the golden reply. Every rule counts its cases.
 """
 
@@ -12,29 +12,40 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from selfevo.datasets.pairs import Pair, read_pairs
-from selfevo.datasets.prompts import reply_prompt
+from selfevo.datasets.prompts import REPLY_STYLES, reply_prompt
 from selfevo.dialogue import Example, Message, to_messages
 from selfevo.evolve.json_repair import json_object_end
 from selfevo.evolve.reflection import Reflection, parse_reflection, reflection_prompt
 from selfevo.files import write_json, write_jsonl
-from selfevo.generate.replies import Reply, sample_replies
-from selfevo.generate.sampling import Sampling
+from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
+from selfevo.seeds import derive_seed
+from selfevo.settings import option
 
 LENGTH_RATIO = 2.0  # a chosen reply longer than this many times the rejected one is replaced
 SOURCES = ("refined", "golden")  # where chosen replies come from: Table 5's SR, and HM or HL by the seed dialogues
 
 
 @dataclass(frozen=True)
-class RefineSettings:
-    sampling: Sampling
-    max_new_tokens: int = 128
-    reflection_tokens: int = 384
-    tries: int = 3
-    style: str = "strategies"
-    chosen: str = "refined"
-    slots: int = 32
+class RefineSettings(ReplySettings):
+    """How replies are sampled, reflected on and refined."""
+
+    reflection_tokens: int = option(384, "longest reflection, in tokens")
+    tries: int = option(3, "tries for a usable reflection before the golden reply is used")
+    style: str = option("strategies", "system prompt of replies", choices=REPLY_STYLES)
+    chosen: str = option(
+        "refined", "where chosen replies come from: the model's refinement, or the seed dialogues", choices=SOURCES
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("reflection_tokens", "tries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name, known in (("style", REPLY_STYLES), ("chosen", SOURCES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} should be one of {', '.join(known)}, not {getattr(self, name)!r}")
+        super().__post_init__()
 
 
 def make_pairs(
@@ -86,7 +97,7 @@ def reflect(
             tokenizer,
             [reflection_prompt(prompts[index], replies[index].text or "") for index in pending],
             folder / f"reflections-{attempt}.jsonl",
-            sampling=replace(settings.sampling, seed=settings.sampling.seed + 7919 * attempt),
+            sampling=replace(settings.sampling, seed=derive_seed(settings.sampling.seed, "reflection", attempt)),
             max_new_tokens=settings.reflection_tokens,
             keep_last=3,
             stop_when=lambda text: json_object_end(text) is not None,

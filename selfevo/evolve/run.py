@@ -4,109 +4,96 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from selfevo import __version__
-from selfevo.files import read_json, write_json
-from selfevo.generate.sampling import Sampling
+from selfevo.datasets.corpus import HumanData
+from selfevo.files import FileError, read_json, write_json
+from selfevo.generate.replies import ReplySettings
 from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
-from selfevo.training.step import SHUFFLES, TrainSettings
+from selfevo.seeds import derive_seed
+from selfevo.settings import REQUIRED, compose, flatten, leaves, option
+from selfevo.training.settings import AdapterSettings, PreferenceSettings, TrainSettings
+from selfevo.training.stages import Stage
 
-
-def option(default: Any, text: str, **more: Any) -> Any:
-    """A field of a run's settings that the examples offer as a flag, with its help."""
-    return field(default=default, metadata={"help": text, **more})
+DTYPES = ("auto", "float32", "bfloat16")
+DRAWS = 2  # how seeds are derived; a run that was begun under another rule cannot be continued
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """The settings that every run has; the values of Ye et al. (2025) are the defaults."""
+class BackboneSettings:
+    """The chat model that everything starts from, and how it is loaded."""
 
-    backbone: str = field(
-        metadata={"help": "folder in Hugging Face layout, or a hub id: a Llama, Qwen2 or Mistral chat model"}
-    )
-    esconv: str = field(metadata={"help": "human dialogues to learn from (ESConv.json); split 9:1 by dialogue"})
-    out: str = field(metadata={"help": "run folder"})
-    test: str = option("", "test dialogues; without any, the tenth of ESConv that is held out")
-    limit: int = option(0, "at most this many records of every file, for a quick try; 0 takes all")
-    rank: int = option(8, "LoRA rank")
-    alpha: float = option(16.0, "LoRA alpha")
-    lora_dropout: float = option(0.0, "dropout on the adapters' input")
-    sft_learning_rate: float = option(5e-6, "learning rate of SFT stages")
-    learning_rate: float = option(5e-6, "learning rate of DPO stages")
-    epochs: int = option(2, "epochs of every stage")
-    batch_size: int = option(4, "items of a batch")
-    accumulation: int = option(2, "batches of an optimiser step")
-    warmup: float = option(0.01, "share of the steps over which the learning rate rises")
-    weight_decay: float = option(0.0, "AdamW weight decay")
-    max_grad_norm: float = option(1.0, "gradient clipping")
-    evaluations_per_epoch: int = option(4, "evaluations on held-out items for early stopping")
-    patience: int = option(3, "evaluations without improvement before a stage stops early")
-    beta: float = option(0.1, "DPO beta")
-    gamma: float = option(1.0, "weight of the SFT term beside DPO; 0 is plain DPO")
-    temperature: float = option(0.9, "sampling temperature; 0 is greedy")
-    top_p: float = option(0.8, "nucleus mass; 1 switches it off")
-    top_k: int = option(50, "candidates per token; 0 switches it off")
-    repetition_penalty: float = option(1.2, "repetition penalty over prompt and reply; 1 switches it off")
-    max_new_tokens: int = option(128, "longest reply, in tokens")
-    slots: int = option(32, "replies decoded at a time: more is faster, and on a CPU cheap; fewer take less memory")
-    max_tokens: int = option(4096, "distinct tokens of one packed row; lower it where memory is short")
-    shuffle: str = option(
-        "dialogues", "what is shuffled: 'pairs' gives up sharing context across turns", choices=SHUFFLES
+    source: str = option(
+        REQUIRED, "folder in Hugging Face layout, or a hub id: a Llama, Qwen2 or Mistral chat model", name="backbone"
     )
     checkpoint_activations: bool = option(False, "recompute activations in the backward pass to save memory")
-    seed: int = option(0, "seed of everything random")
-    dtype: str = option(
-        "auto", "weights: auto is bfloat16 on a GPU, float32 on a CPU", choices=("auto", "float32", "bfloat16")
-    )
+    dtype: str = option("auto", "weights: auto is bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
     device: str = option("auto", "auto takes a GPU where there is one")
     revision: str = option("", "revision of a hub id")
     chat_format: str = option("", "llama3, qwen2, mistral or plain, where the backbone's own template is unknown")
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "max_tokens", "rank", "slots"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("limit", "gamma"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative: {getattr(self, name)}")
-        if self.beta <= 0:
-            raise ValueError(f"beta must be positive, not {self.beta}")
-        self.sampling(0)
-        self.training(self.learning_rate)
-        self.training(self.sft_learning_rate)
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype should be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The settings that every run has; the values of Ye et al. (2025) are the defaults."""
+
+    backbone: BackboneSettings
+    data: HumanData
+    out: str = option(REQUIRED, "run folder")
+    adapter: AdapterSettings = AdapterSettings()
+    sft_learning_rate: float = option(TrainSettings.learning_rate, "learning rate of SFT stages")
+    training: TrainSettings = TrainSettings()
+    preference: PreferenceSettings = PreferenceSettings()
+    replies: ReplySettings = ReplySettings()
+    seed: int = option(0, "seed of everything random")
+
+    def __post_init__(self) -> None:
+        replace(self.training, learning_rate=self.sft_learning_rate)  # raises where it is out of range
+        if self.training.seed or self.replies.sampling.seed:
+            raise ValueError("a run has one seed, from which those of training and sampling are derived; set that one")
 
     @property
-    def data_files(self) -> tuple[str, ...]:
-        """Every data file that the run reads."""
-        return tuple(name for name in (self.esconv, self.test) if name)
+    def results(self) -> tuple[str, ...]:
+        """The files of the run folder without which the run is not finished."""
+        raise NotImplementedError
 
-    def sampling(self, salt: int) -> Sampling:
-        """How replies are drawn; ``salt`` separates the stages' randomness."""
-        seed = self.seed * 1_000_003 + salt
-        return Sampling(self.temperature, self.top_p, self.top_k, self.repetition_penalty, seed)
-
-    def training(self, learning_rate: float) -> TrainSettings:
-        names: tuple[str, ...] = (
-            "epochs",
-            "batch_size",
-            "accumulation",
-            "warmup",
-            "weight_decay",
-            "max_grad_norm",
-            "patience",
-        )
-        names += ("evaluations_per_epoch", "max_tokens", "shuffle", "seed")
-        return TrainSettings(learning_rate=learning_rate, **{name: getattr(self, name) for name in names})
+    def stage(self, name: str, label: str, *, sft: bool) -> Stage:
+        """A stage of training, in the folder of its name."""
+        rate = self.sft_learning_rate if sft else self.training.learning_rate
+        training = replace(self.training, learning_rate=rate, seed=derive_seed(self.seed, "training", name))
+        return Stage(Path(self.out) / name, label, self.backbone.source, self.adapter, training)
 
 
 class RunError(ValueError):
     """A run folder that cannot be used; the message says why and what to do."""
+
+
+def read_settings(run: Path, kind: type[S]) -> S:
+    """The settings of a run folder, of this version or another: those that ``kind`` has, others are ignored."""
+    path = run / "config.json"
+    stored = read_json(path)
+    if not isinstance(stored, dict) or not isinstance(stored.get("settings"), dict):
+        raise FileError(f"{path}: has no settings; it is not of a run")
+    try:
+        return compose(kind, stored["settings"])
+    except (TypeError, ValueError) as error:
+        raise FileError(f"{path}: {error}") from error
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run has all its results, so that nothing is left to be done."""
+    return all((Path(config.out) / name).is_file() for name in config.results)
 
 
 def check_run(config: RunConfig, *, resume: bool) -> None:
@@ -119,14 +106,28 @@ def check_run(config: RunConfig, *, resume: bool) -> None:
     if not resume:
         raise RunError(f"{run}: already holds a run; continue it with --resume, or choose another --out")
     stored, current = read_json(run / "config.json"), _stamp(config)
-    for name, value in current["settings"].items():
-        known = stored.get("settings", {}).get(name)
-        if name != "out" and value != known:
-            message = f"holds a run with other settings ({name} was {known!r}, now {value!r}); choose another --out"
-            raise RunError(f"{run}: {message}")
+    _compare_settings(run, stored.get("settings", {}), current["settings"], type(config))
     for name, digest in current["data"].items():
         if stored.get("data", {}).get(name) != digest:
             raise RunError(f"{name}: has changed since {run} was started; choose another --out")
+    if stored.get("draws") != DRAWS and not is_finished(config):
+        was = stored.get("versions", {}).get("selfevo", "another version")
+        raise RunError(
+            f"{run}: was begun by selfevo {was}, which splits data and draws replies differently; finish it there, or "
+            "choose another --out"
+        )
+
+
+def _compare_settings(run: Path, stored: dict[str, Any], current: dict[str, Any], kind: type) -> None:
+    """A setting that the run's version did not have must have its default; one that we do not have is refused."""
+    for name, leaf in leaves(kind).items():
+        known = stored.get(name, _as_json(leaf.default))
+        if name != "out" and current[name] != known:
+            message = f"holds a run with other settings ({name} was {known!r}, now {current[name]!r})"
+            raise RunError(f"{run}: {message}; choose another --out")
+    unknown = sorted(set(stored) - set(current))
+    if unknown:
+        raise RunError(f"{run}: holds a run with settings unknown to this version ({', '.join(unknown)})")
 
 
 def open_run(config: RunConfig) -> Path:
@@ -141,14 +142,18 @@ def open_run(config: RunConfig) -> Path:
 
 def _stamp(config: RunConfig) -> dict[str, Any]:
     """Everything a run depends on: settings, the data files' hashes, versions."""
-    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
     versions = {"selfevo": __version__, "python": platform.python_version()}
     versions |= {name: version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
     return {
-        "settings": settings,
-        "data": {name: _file_hash(name) for name in config.data_files},
+        "settings": {name: _as_json(value) for name, value in flatten(config).items()},
+        "data": {name: _file_hash(name) for name in config.data.files},
         "versions": versions,
+        "draws": DRAWS,
     }
+
+
+def _as_json(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _file_hash(name: str) -> str:
@@ -158,25 +163,31 @@ def _file_hash(name: str) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def load_backbone(config: RunConfig) -> tuple[Transformer, ChatTokenizer]:
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        available = torch.device(device).type != "cuda" or torch.cuda.is_available()
-    except RuntimeError as error:
-        raise RunError(f"{device!r} is not a device: {str(error).splitlines()[0]}") from error
-    if not available:
-        raise RunError(f"the device {device!r} was asked for, but torch finds no GPU here")
-    kind = config.dtype
+def load_backbone(settings: BackboneSettings) -> tuple[Transformer, ChatTokenizer]:
+    """The model, on its device, and its tokenizer. Raises RunError for a device that is not there, and where the two do
+    not fit together."""
+    source, revision = settings.source, settings.revision or None
+    device = _device(settings.device)
+    kind = settings.dtype
     if kind == "auto":
         kind = "float32" if device == "cpu" else "bfloat16"
-    revision = config.revision or None
-    tokenizer = load_tokenizer(config.backbone, revision=revision, chat_format=config.chat_format or None)
-    model = load_model(config.backbone, dtype=getattr(torch, kind), device=device, revision=revision)
+    tokenizer = load_tokenizer(source, revision=revision, chat_format=settings.chat_format or None)
+    model = load_model(source, dtype=getattr(torch, kind), device=device, revision=revision)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise RunError(
-            f"{config.backbone}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
+            f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         )
-    model.checkpoint_activations = config.checkpoint_activations
+    model.checkpoint_activations = settings.checkpoint_activations
     return model, tokenizer
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        available = torch.device(name).type != "cuda" or torch.cuda.is_available()
+    except RuntimeError as error:
+        raise RunError(f"{name!r} is not a device: {str(error).splitlines()[0]}") from error
+    if not available:
+        raise RunError(f"the device {name!r} was requested, but torch finds no GPU here")
+    return name

@@ -9,17 +9,39 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from selfevo.datasets.encoding import fit_prompt
 from selfevo.dialogue import Messages
 from selfevo.files import read_jsonl, write_jsonl
-from selfevo.generate.decoder import generate
+from selfevo.generate.decoder import SLOTS, generate
 from selfevo.generate.sampling import Sampling
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
+from selfevo.seeds import derive_seed
+from selfevo.settings import option
+
+R = TypeVar("R", bound="ReplySettings")
+
+
+@dataclass(frozen=True)
+class ReplySettings:
+    """How replies are sampled, and how many at a time."""
+
+    sampling: Sampling = Sampling()
+    max_new_tokens: int = option(128, "longest reply, in tokens")
+    slots: int = option(SLOTS, "replies decoded at a time: more is faster, and on a CPU cheap; fewer take less memory")
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "slots"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    def seeded(self: R, seed: int, *names: str | int) -> R:
+        """The same settings with the seed of these names (see ``derive_seed``)."""
+        return replace(self, sampling=replace(self.sampling, seed=derive_seed(seed, *names)))
 
 
 @dataclass(frozen=True)
@@ -42,7 +64,7 @@ def sample_replies(
     max_new_tokens: int,
     keep_last: int = 1,
     stop_when: Callable[[str], bool] | None = None,
-    slots: int = 32,
+    slots: int = SLOTS,
     label: str = "replies",
 ) -> list[Reply]:
     """One reply per conversation, in order, kept in ``path`` (JSON lines); what is there is not sampled again.

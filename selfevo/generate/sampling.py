@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from selfevo.kernels.elementwise import widen
+from selfevo.settings import option
+
 _MASK = (1 << 64) - 1
 _TIES = 16  # scores beyond the k-th that are looked at in case they tie with it
 _GROUP = 16  # scores of which the maximum is taken first, see topk_by_groups
@@ -19,12 +22,15 @@ _GROUP = 16  # scores of which the maximum is taken first, see topk_by_groups
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; ``temperature`` 0 is greedy, ``top_k`` 0, ``top_p`` 1 and penalty 1 switch a step off."""
+    """How tokens are chosen; ``temperature`` 0 is greedy, ``top_k`` 0, ``top_p`` 1 and penalty 1 switch a step off.
 
-    temperature: float = 0.9
-    top_p: float = 0.8
-    top_k: int = 50
-    repetition_penalty: float = 1.2
+    In the settings of a run ``seed`` stays 0: every rollout has one derived from the run's.
+    """
+
+    temperature: float = option(0.9, "sampling temperature; 0 is greedy")
+    top_p: float = option(0.8, "nucleus mass; 1 switches it off")
+    top_k: int = option(50, "candidates per token; 0 switches it off")
+    repetition_penalty: float = option(1.2, "repetition penalty over prompt and reply; 1 switches it off")
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,7 +90,7 @@ def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Moves the scores of ids seen out of the logits, where -inf takes their place: (R, L), with the penalty applied in
     float32, which the dtype of the logits may not hold."""
     places = seen * logits.shape[1] + torch.arange(len(seen), device=seen.device)[:, None]
-    scores = _widened(logits.view(-1)[places])
+    scores = widen(logits.view(-1)[places])
     logits.view(-1)[places] = -torch.inf  # on a CPU, scatter_ is slow in bfloat16
     scores = torch.where(scores < 0, scores * penalty, scores / penalty)
     scores[:, 1:].masked_fill_(seen[:, 1:] == seen[:, :1], -torch.inf)
@@ -112,7 +118,7 @@ def topk_by_groups(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """
     count = len(scores) // _GROUP
     if count < 4 * width:
-        return _widened(scores.t().contiguous()).topk(width)
+        return widen(scores.t().contiguous()).topk(width)
     groups = scores[: count * _GROUP].view(_GROUP, count, -1)
     by_bits = groups.dtype == torch.bfloat16 and groups.device.type == "cpu"
     first = groups.view(torch.int16).amax(0).view(groups.dtype) if by_bits else groups.amax(0)
@@ -122,12 +128,8 @@ def topk_by_groups(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     offsets = count * torch.arange(_GROUP, device=scores.device)
     rest = torch.arange(count * _GROUP, len(scores), device=scores.device).expand(len(winners), -1)
     places = torch.cat(((winners[:, None] + offsets[:, None]).flatten(1), rest), dim=1)
-    found, order = _widened(scores.t().gather(1, places)).topk(width)
+    found, order = widen(scores.t().gather(1, places)).topk(width)
     return found, places.gather(1, order)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def draw(probs: Tensor, ids: Tensor, noise: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Normalisation, rotation and gating: what a block does between its products, with gradients that keep little memory.
+"""Normalisation, rotation and gating: a block's work between its matrix products, saving little.
 
-On a processor these steps are bound by memory. Autograd would keep three float32 copies for a norm and each factor of a
+On a CPU these steps are bound by memory. Autograd would keep three float32 copies for a norm and each factor of a
 gate; here the backward pass starts from the inputs, which are kept once and in their own dtype.
 """
 
@@ -29,7 +29,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """And the inverses of the roots, (..., 1). A norm reads x once, where squares would be written first."""
-    wide = _wide(x)
+    wide = widen(x)
     inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
     return weight * (wide * inverse).to(x.dtype), inverse
 
@@ -46,17 +46,18 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, inverse = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad
-        normed = _wide(x) * inverse
+        normed = widen(x) * inverse
         grad_weight = (grad * normed.to(x.dtype)).flatten(0, -2).sum(0) if needs_weight else None
         if not needs_x:
             return None, grad_weight, None
-        slope = _wide(grad * weight)
+        slope = widen(grad * weight)
         along = (slope * normed).mean(-1, keepdim=True)  # the part of the slope that only scales x
         grad_x = slope.sub_(normed.mul_(along)).mul_(inverse).to(x.dtype)
         return grad_x, grad_weight, None
 
 
-def _wide(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
+    """As float32, or float64 where it was already."""
     return x if x.dtype == torch.float64 else x.float()
 
 

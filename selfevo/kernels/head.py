@@ -13,16 +13,12 @@ from torch.autograd.function import once_differentiable
 
 from selfevo.kernels.linear import linear
 
+# The machine constants of this and other files are listed, with what they were measured on, in docs/performance.md.
 # Logits held at once by linear_logps: some hundreds of rows, so that reading the head is not the bottleneck.
 _CPU_CHUNK_BYTES = 192 * 2**20
-_ACCELERATOR_CHUNK_BYTES = 256 * 2**20
-# The softmax takes several passes over the logits: on the processor over as many rows at a time as its cache holds.
+_GPU_CHUNK_BYTES = 256 * 2**20
+# The softmax takes several passes over the logits: on a CPU over as many rows at a time as its cache holds.
 _CPU_BLOCK_BYTES = 4 * 2**20
-
-
-def widen(x: Tensor) -> Tensor:
-    """float32, or float64 where it was already."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:
@@ -58,7 +54,7 @@ def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size:
         raise ValueError(f"hidden, weight and targets are on {hidden.device}, {weight.device} and {targets.device}")
     check_targets(targets, weight.shape[0])
     if chunk_size is None:
-        budget = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _ACCELERATOR_CHUNK_BYTES
+        budget = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _GPU_CHUNK_BYTES
         most = max(1, budget // (weight.element_size() * max(1, weight.shape[0])))
         chunks = max(1, math.ceil(len(hidden) / most))
         chunk_size = max(1, math.ceil(len(hidden) / chunks))  # equal ones: a small rest is slow
@@ -151,21 +147,21 @@ def _weight_gradient(grad: Tensor, hidden: Tensor, weight: Tensor, targets: Tens
     return total.to(weight.dtype)
 
 
-_COLUMNS = 16  # of logits, of which there may be a multiple, see head_logits
+_COLUMNS = 16  # on a CPU, columns of float32 logits are padded to a multiple of this
 _FEW = 4  # rows; with fewer, a product is no faster with the weights on the left
 
 
 def allocate_logits(rows: int, weight: Tensor) -> Tensor:
-    """What :func:`head_logits` needs for up to so many rows."""
+    """The buffer that :func:`head_logits` writes into, for up to so many rows."""
     return weight.new_empty(len(weight) * math.ceil(rows / _COLUMNS) * _COLUMNS)
 
 
 def head_logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Hidden states (R, D), head (V, D) -> logits (V, R) of their dtype, written to the first numbers of ``out``, a
-    :func:`allocate_logits`.
+    """Hidden states (R, D), head (V, D) -> logits (V, R or more) of their dtype, written into a prefix of ``out``, a
+    buffer of :func:`allocate_logits`.
 
-    With the head as the left factor, the product takes half the time in bfloat16, and four fifths in float32. There,
-    many rows are filled up to a multiple of 16, which can save a quarter: columns from the R-th on mean nothing.
+    With the head as the left factor the product is faster. On a CPU, many float32 rows are padded to a multiple of 16:
+    columns from the R-th on are padding and mean nothing.
     """
     if hidden.device.type == "cpu" and hidden.dtype == torch.float32 and len(hidden) > 3 * _COLUMNS:
         hidden = F.pad(hidden, (0, 0, 0, -len(hidden) % _COLUMNS))

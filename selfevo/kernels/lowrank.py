@@ -72,24 +72,23 @@ _WIDENED = 64  # rows; so few are widened faster than a float32 factor is split
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, of which one factor is wide and may be of 16 bits, and the other a narrow one of rank r, whose
-    dtype the result has: what takes time is to read the wide one.
+    """``left @ right`` of a large 16-bit and a small float32 matrix, in either order, in the dtype of the small one.
 
-    On a processor, bfloat16 is read as it is. The float32 factor is split into two bfloat16 parts, and as a product of
-    bfloat16 is rounded when it is written, a second one, which starts from the negative of the first, brings back what
-    was lost: 16 bits are right, rather than 8.
+    On a CPU the bfloat16 matrix is not widened, since reading it is what takes time. The small factor is split into two
+    bfloat16 parts; and as a bfloat16 product is rounded when it is written, a second one, which starts from the
+    negative of the first, recovers the rounding error. 16 bits of the result are right, rather than 8.
     """
     if left.dtype == right.dtype:
         return left @ right
-    # of the narrow factor, and the dimension its parts are put along
+    # of the small factor, and the dimension along which its parts are put side by side
     side = int(right.dtype == torch.promote_types(left.dtype, right.dtype))
-    wide, narrow = (left, right) if side else (right, left)
-    if not _narrow(wide) or min(wide.shape) < _WIDENED:
-        return left.to(narrow.dtype) @ right.to(narrow.dtype)
-    parts = torch.cat(_split(narrow), dim=side)
-    factors = (wide, parts) if side else (parts, wide)
+    large, small = (left, right) if side else (right, left)
+    if not _is_narrow(large) or min(large.shape) < _WIDENED:
+        return left.to(small.dtype) @ right.to(small.dtype)
+    parts = torch.cat(_split(small), dim=side)
+    factors = (large, parts) if side else (parts, large)
     rounded = torch.mm(*factors)
-    whole = torch.addmm(rounded, *factors, beta=-1) + rounded.to(narrow.dtype)
+    whole = torch.addmm(rounded, *factors, beta=-1) + rounded.to(small.dtype)
     high, low = whole.chunk(2, dim=side)
     return high + low
 
@@ -97,11 +96,11 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``target`` (N, O), overwritten, + ``left`` (N, r) ``right`` (r, O): the sum is rounded to its dtype once.
 
-    On a processor a bfloat16 target is not widened: left and right are split, and their product is summed in float32.
+    On a CPU a bfloat16 target is not widened: left and right are split, and their product is summed in float32.
     """
     if target.dtype == left.dtype:
         return target.addmm_(left, right)
-    if not _narrow(target) or min(target.shape) < _WIDENED:
+    if not _is_narrow(target) or min(target.shape) < _WIDENED:
         return torch.addmm(target.to(left.dtype), left, right).to(target.dtype)
     (left_high, left_low), (right_high, right_low) = _split(left), _split(right)
     return target.addmm_(
@@ -109,7 +108,7 @@ def add_product(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
     )
 
 
-def _narrow(x: Tensor) -> bool:
+def _is_narrow(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and x.device.type == "cpu"
 
 

@@ -19,7 +19,7 @@ from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.scoring import Example as ScoredExample
 from selfevo.training.objectives import PairIds, SFTObjective
 
-Lesson = tuple[str, Sequence[Message], str]  # the dialogue's id, the conversation, the reply to it
+SFTExample = tuple[str, Sequence[Message], str]  # the dialogue's id, the conversation, the reply to it
 
 
 def sft_objective(
@@ -29,7 +29,6 @@ def sft_objective(
     *,
     style: str,
     window: int,
-    max_tokens: int,
     counts: Counter[str],
 ) -> SFTObjective:
     """Every supporter turn in its context, and the replayed instructions, as ids.
@@ -37,23 +36,26 @@ def sft_objective(
     A context longer than the window loses its oldest turns; an example that cannot fit even so is left out. Both are
     counted.
     """
-    lessons: list[Lesson] = []
+    conversations: list[SFTExample] = []
     for dialogue in dialogues:
         for example in reply_examples(dialogue, Counter(), skip_first=0, skip_last=0):
-            lessons.append((dialogue.id, reply_prompt(to_messages(example.context), style), example.golden.text))
+            conversations.append((dialogue.id, reply_prompt(to_messages(example.context), style), example.golden.text))
     for instruction in replay:
         *messages, answer = [dict(message) for message in instruction.messages]
-        lessons.append((instruction.id, messages, answer["content"]))
-    return encode_lessons(tokenizer, lessons, window=window, max_tokens=max_tokens, counts=counts)
+        conversations.append((instruction.id, messages, answer["content"]))
+    return encode_sft_examples(tokenizer, conversations, window=window, counts=counts)
 
 
-def encode_lessons(
-    tokenizer: ChatTokenizer, lessons: Sequence[Lesson], *, window: int, max_tokens: int, counts: Counter[str]
+def encode_sft_examples(
+    tokenizer: ChatTokenizer, conversations: Sequence[SFTExample], *, window: int, counts: Counter[str]
 ) -> SFTObjective:
-    """Lessons as ids; counts ``examples``, ``context_cut``, ``too_long_left_out`` and ``empty_reply_left_out``."""
+    """Conversations and the replies to them as ids.
+
+    Counts ``examples``, ``context_cut``, ``too_long_left_out`` and ``empty_reply_left_out``.
+    """
     examples: list[ScoredExample] = []
     groups: list[str] = []
-    for group, messages, reply in lessons:
+    for group, messages, reply in conversations:
         if not reply.strip():
             counts["empty_reply_left_out"] += 1
             continue
@@ -66,7 +68,7 @@ def encode_lessons(
         counts["examples"] += 1
         examples.append((prompt.ids, response))
         groups.append(group)
-    return SFTObjective(examples, groups, max_tokens)
+    return SFTObjective(examples, groups)
 
 
 def encode_pairs(tokenizer: ChatTokenizer, pairs: list[Pair], window: int) -> tuple[list[Pair], list[PairIds]]:

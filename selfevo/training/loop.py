@@ -21,7 +21,8 @@ from selfevo.files import replace_file, write_jsonl
 from selfevo.lora import lora_parameters, save_adapter
 from selfevo.models.transformer import Transformer
 from selfevo.training.objectives import Objective
-from selfevo.training.step import TrainSettings, batch_indices, evaluate_held_out, train_step
+from selfevo.training.settings import TrainSettings
+from selfevo.training.step import batch_indices, evaluate_held_out, train_step
 
 
 @dataclass

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
+from selfevo.generate.decoder import SLOTS
 from selfevo.models.model_config import ModelConfig
 from selfevo.models.transformer import Transformer
+from selfevo.scoring import MAX_TOKENS
+from selfevo.training.settings import AdapterSettings
 
 GIB = 2.0**30
 
@@ -34,14 +37,15 @@ class Memory:
 def estimate_memory(
     config: ModelConfig,
     *,
+    iterations: int,
     dtype: torch.dtype = torch.bfloat16,
-    rank: int = 8,
-    iterations: int = 2,
-    row_tokens: int = 4096,
-    slots: int = 32,
+    rank: int = AdapterSettings.rank,
+    row_tokens: int = MAX_TOKENS,
+    slots: int = SLOTS,
     context: int = 2048,
 ) -> Memory:
-    """Memory for training on packed rows of ``row_tokens`` and for ``slots`` replies of ``context`` tokens each."""
+    """Memory for training adapters of ``rank``, stacked ``iterations`` high, on packed rows of ``row_tokens``, and for
+    ``slots`` replies of ``context`` tokens each."""
     with torch.device("meta"):
         model = Transformer(config)
     size = dtype.itemsize
@@ -78,7 +82,7 @@ def keep_freed_memory() -> bool:
     """Lets this process keep the memory that its tensors free, for the next ones; says whether that could be arranged.
 
     On Linux a large block goes back to the system when it is freed, and every page of the next one is mapped afresh,
-    which costs a training step on a processor some 6 %. It is a setting of the whole process (glibc's ``mallopt``), so
+    which costs a training step on a CPU some 6 %. It is a setting of the whole process (glibc's ``mallopt``), so
     programs make it, not the library.
     """
     trim_threshold, mmap_max = -1, -4

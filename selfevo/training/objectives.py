@@ -1,4 +1,4 @@
-"""What training minimises: the mean of a loss over items, SFT or DPO + gamma * SFT. The one loop is in ``train.py``."""
+"""What training minimises: the mean of a loss over items, SFT or DPO + gamma * SFT. The one loop is in ``loop.py``."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from selfevo.losses import dpo_sft_loss
 from selfevo.models.transformer import Transformer
-from selfevo.scoring import Example, response_logps
+from selfevo.scoring import Example, packed_logps
+from selfevo.training.settings import PreferenceSettings
 from selfevo.trie.trie import Ids, as_ids
 
 
 class Objective(Protocol):
-    """Items to train on; ``groups`` names the dialogue of each, so that relatives can be scheduled together."""
+    """Items to train on; ``groups`` names the dialogue of each, so that items with a shared prefix stay together."""
 
     @property
     def groups(self) -> Sequence[str]: ...
@@ -25,7 +26,7 @@ class Objective(Protocol):
         ...
 
     def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        """The loss summed over some items, to differentiate, and statistics summed over them."""
+        """The loss summed over the items of one pack, to differentiate, and statistics summed over them."""
         ...
 
 
@@ -35,7 +36,6 @@ class SFTObjective:
 
     examples: Sequence[Example]
     groups: Sequence[str]
-    max_tokens: int
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -45,7 +45,7 @@ class SFTObjective:
         return [as_ids([*prompt, *response])]
 
     def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        sums, lengths = response_logps(model, [self.examples[i] for i in indices], max_tokens=self.max_tokens)
+        sums, lengths = packed_logps(model, [self.examples[i] for i in indices])
         loss = -(sums / lengths).sum()
         return loss, {"loss": loss.item(), "tokens": float(lengths.sum())}
 
@@ -66,9 +66,8 @@ class DPOObjective:
     pairs: Sequence[PairIds]
     reference: Tensor
     groups: Sequence[str]
-    max_tokens: int
-    beta: float = 0.1
-    gamma: float = 1.0
+    beta: float = PreferenceSettings.beta
+    gamma: float = PreferenceSettings.gamma
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -80,7 +79,7 @@ class DPOObjective:
     def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         count = len(indices)
         pairs = [self.pairs[i] for i in indices]
-        sums, lengths = response_logps(model, both_sides(pairs), max_tokens=self.max_tokens)
+        sums, lengths = packed_logps(model, both_sides(pairs))
         reference = self.reference[list(indices)].to(sums.device)
         chosen, rejected = sums[:count], sums[count:]
         result = dpo_sft_loss(

@@ -13,7 +13,7 @@ from torch import Tensor
 from selfevo.files import FileError, read_json, write_json
 from selfevo.lora import disable_adapters
 from selfevo.models.transformer import Transformer
-from selfevo.scoring import response_logps
+from selfevo.scoring import packed_logps
 from selfevo.training.objectives import PairIds, both_sides
 from selfevo.trie.packing import pack
 from selfevo.trie.trie import as_ids
@@ -27,7 +27,7 @@ def reference_logps(model: Transformer, pairs: Sequence[PairIds], max_tokens: in
     result = torch.empty(len(pairs), 2)
     with disable_adapters(model):
         for members in pack(items, max_tokens):
-            sums, _ = response_logps(model, both_sides([pairs[i] for i in members]), max_tokens=max_tokens)
+            sums, _ = packed_logps(model, both_sides([pairs[i] for i in members]))
             result[members] = sums.cpu().view(2, -1).T
     return result
 

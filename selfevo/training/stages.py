@@ -1,27 +1,40 @@
-"""What every run consists of: its settings, its folder, its backbone, and the two kinds of training stage.
+"""The two kinds of training stage.
 
 A stage leaves its adapter under its final name only when it is whole, and starts from what is on disk: a killed run
-that is resumed takes the same road and ends with the same adapters.
+that is resumed repeats the same steps and ends with the same adapters.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from selfevo.evolve.run import RunConfig
 
 from selfevo.datasets.pairs import Pair
 from selfevo.files import FileError
 from selfevo.lora import freeze_adapter, inject_lora, load_adapter, remove_adapters
 from selfevo.models import ChatTokenizer, Transformer
+from selfevo.seeds import derive_seed
 from selfevo.training.examples import encode_pairs
 from selfevo.training.loop import train
 from selfevo.training.objectives import DPOObjective, SFTObjective
 from selfevo.training.reference import stored_reference
+from selfevo.training.settings import AdapterSettings, PreferenceSettings, TrainSettings
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage's folder, its settings, and the name of the backbone, which its adapter notes."""
+
+    folder: Path
+    label: str  # of its progress bar
+    backbone: str
+    adapter: AdapterSettings
+    training: TrainSettings
+
+    @property
+    def adapter_seed(self) -> int:
+        return derive_seed(self.training.seed, "adapter")
 
 
 def is_trained(folder: Path) -> bool:
@@ -36,44 +49,38 @@ def restore(model: Transformer, folder: Path) -> None:
     load_adapter(model, folder)
 
 
-def train_sft(
-    config: RunConfig,
-    model: Transformer,
-    items: SFTObjective,
-    held_out: SFTObjective | None,
-    folder: Path,
-    label: str,
-) -> None:
+def train_sft(model: Transformer, stage: Stage, items: SFTObjective, held_out: SFTObjective | None) -> None:
     """An SFT stage: a fresh adapter on the bare backbone."""
     remove_adapters(model)
-    inject_lora(model, config.rank, config.alpha, config.lora_dropout, seed=config.seed)
-    settings = config.training(config.sft_learning_rate)
-    train(model, items, folder, settings, held_out=held_out, base_model=config.backbone, label=label)
+    adapter = stage.adapter
+    inject_lora(model, adapter.rank, adapter.alpha, adapter.dropout, seed=stage.adapter_seed)
+    train(
+        model, items, stage.folder, stage.training,
+        held_out=held_out, base_model=stage.backbone, label=stage.label,
+    )  # fmt: skip
 
 
 def train_dpo(
-    config: RunConfig,
     model: Transformer,
     tokenizer: ChatTokenizer,
+    stage: Stage,
     pairs: list[Pair],
     held_out: Collection[str],
-    folder: Path,
-    label: str,
-    *,
-    salt: int = 0,
-    preferring: bool = True,
+    preference: PreferenceSettings | None,
 ) -> None:
     """A DPO stage: the adapter that is on the model becomes the frozen reference, and a fresh one on top is trained.
 
-    Pairs of the ``held_out`` dialogues (by id) serve early stopping. Without ``preferring`` only the SFT term on the
+    Pairs of the ``held_out`` dialogues (by id) serve early stopping. Without a ``preference`` only the SFT term on the
     chosen replies is left. Raises FileError where no pair is left.
     """
+    folder, adapter = stage.folder, stage.adapter
     kept, ids = encode_pairs(tokenizer, pairs, model.config.max_positions)
     if not ids:
         raise FileError(f"{folder}: no preference pair was left; {folder / 'filter.json'} says what became of them")
-    seed = config.seed + salt
-    freeze_adapter(model, rank=config.rank, alpha=config.alpha, dropout=config.lora_dropout, seed=seed)
-    reference = stored_reference(model, ids, folder / "reference.json", config.max_tokens)
+    freeze_adapter(
+        model, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, seed=stage.adapter_seed
+    )  # fmt: skip
+    reference = stored_reference(model, ids, folder / "reference.json", stage.training.max_tokens)
     held = [i for i, pair in enumerate(kept) if pair.dialogue in held_out]
     trained = [i for i, pair in enumerate(kept) if pair.dialogue not in held_out]
     if not trained:
@@ -81,16 +88,11 @@ def train_dpo(
 
     def objective(members: list[int]) -> DPOObjective | SFTObjective:
         own, groups = [ids[i] for i in members], [kept[i].dialogue for i in members]
-        if not preferring:
-            return SFTObjective([(pair.prompt, pair.chosen) for pair in own], groups, config.max_tokens)
-        return DPOObjective(own, reference[members], groups, config.max_tokens, config.beta, config.gamma)
+        if preference is None:
+            return SFTObjective([(pair.prompt, pair.chosen) for pair in own], groups)
+        return DPOObjective(own, reference[members], groups, preference.beta, preference.gamma)
 
     train(
-        model,
-        objective(trained),
-        folder,
-        replace(config.training(config.learning_rate), seed=seed),
-        held_out=objective(held) if held else None,
-        base_model=config.backbone,
-        label=label,
-    )
+        model, objective(trained), folder, stage.training,
+        held_out=objective(held) if held else None, base_model=stage.backbone, label=stage.label,
+    )  # fmt: skip

@@ -1,53 +1,19 @@
-"""One optimiser step: settings, schedule, batch order, loss over packs."""
+"""One optimiser step: schedule, batch order, loss over packs."""
 
 from __future__ import annotations
 
-import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from selfevo.models.transformer import Transformer
+from selfevo.seeds import derive_seed
 from selfevo.training.objectives import Objective
+from selfevo.training.settings import TrainSettings
 from selfevo.trie.packing import pack
-
-SHUFFLES = ("dialogues", "pairs")
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """The paper's values are the defaults."""
-
-    learning_rate: float = 5e-6
-    epochs: int = 2
-    batch_size: int = 4
-    accumulation: int = 2
-    warmup: float = 0.01  # share of all steps over which the learning rate rises linearly; constant afterwards
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    evaluations_per_epoch: int = 4
-    patience: int = 3  # evaluations without improvement before training stops early
-    checkpoint_every: int = 50  # steps; every evaluation writes one too
-    max_tokens: int = 4096
-    shuffle: str = "dialogues"  # keeps a dialogue's items together, which shares their context; "pairs" does not
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "accumulation", "evaluations_per_epoch", "patience", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        rates_fit = 0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf  # NaN fits nowhere
-        if not (rates_fit and self.max_grad_norm > 0 and 0 <= self.warmup <= 1):
-            raise ValueError(
-                "learning_rate and max_grad_norm must be positive, weight_decay not negative, warmup within [0, 1]: "
-                f"{self.learning_rate}, {self.max_grad_norm}, {self.weight_decay}, {self.warmup}"
-            )
-        if self.shuffle not in SHUFFLES:
-            raise ValueError(f"shuffle should be one of {', '.join(SHUFFLES)}, not {self.shuffle!r}")
 
 
 def train_step(
@@ -69,7 +35,7 @@ def train_step(
     optimiser.zero_grad(set_to_none=True)
     sums: dict[str, float] = {}
     with torch.random.fork_rng():  # dropout draws depend on the step alone, so a resumed run repeats them
-        torch.manual_seed(settings.seed * 1_000_003 + step)
+        torch.manual_seed(derive_seed(settings.seed, "dropout", step))
         for members in pack([objective.sequences(i) for i in batch], settings.max_tokens):
             loss, statistics = objective.loss(model, [batch[m] for m in members])
             (loss / len(batch)).backward()
@@ -88,7 +54,7 @@ def train_step(
 def batch_indices(groups: Sequence[str], step: int, steps_per_epoch: int, settings: TrainSettings) -> list[int]:
     """The items of one step: the epoch's order depends on the seed and the epoch alone."""
     epoch, place = divmod(step, steps_per_epoch)
-    generator = random.Random(settings.seed * 1_000_003 + epoch)
+    generator = random.Random(derive_seed(settings.seed, "order", epoch))
     order = list(range(len(groups)))
     if settings.shuffle == "dialogues":
         names = list(dict.fromkeys(groups))

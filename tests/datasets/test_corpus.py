@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_evolve import dialogue
+from runs import dialogue
 
-from selfevo.datasets.corpus import Corpus, CorpusError, load_corpus
+from selfevo.datasets.corpus import Corpus, CorpusError, DataSettings, load_corpus
 from selfevo.datasets.prompts import reply_prompt
 from selfevo.dialogue import Instruction, reply_examples, to_messages
 from selfevo.evaluation.tables import comparison_table
@@ -22,11 +22,8 @@ def corpus(folder: Path, **changes: Any) -> Corpus:
     path = folder / "esconv.json"
     if not path.exists():
         path.write_text(json.dumps([dialogue(number) for number in range(40)]))
-    options: dict[str, Any] = {
-        "esconv": str(path), "synthetic": (), "replay": "", "test": "", "iterations": 2, "limit": 0,
-        "replay_count": 500, "seed": 0,
-    }  # fmt: skip
-    return load_corpus(**(options | changes))
+    iterations, seed = changes.pop("iterations", 2), changes.pop("seed", 0)
+    return load_corpus(DataSettings(**({"esconv": str(path)} | changes)), iterations=iterations, seed=seed)
 
 
 def ids(examples: list[Any]) -> set[str]:
@@ -89,7 +86,7 @@ def test_a_training_sequence_is_the_generation_prompt_the_reply_and_one_stop_id(
     made, counts = corpus(tmp_path), Counter[str]()
     replay = [Instruction("a", ({"role": "user", "content": "Say 1."}, {"role": "assistant", "content": "1"}))]
     dialogues = made.train[:3]
-    options: dict[str, Any] = {"style": "plain", "max_tokens": 4096, "counts": counts}
+    options: dict[str, Any] = {"style": "plain", "counts": counts}
     objective = sft_objective(tokenizer, dialogues, replay, window=4096, **options)
     turns = [e for d in dialogues for e in reply_examples(d, Counter(), skip_first=0, skip_last=0)]
     assert len(objective) == len(turns) + 1 == counts["examples"]

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from runs import ITERATE, records, world  # noqa: F401  (a fixture)
 from safetensors.torch import load_file
-from test_evolve import ITERATE, records, world  # noqa: F401  (a fixture)
 
 from selfevo.datasets import load_dialogues, read_pairs
 from selfevo.decoupled import DecoupledConfig, decouple
@@ -37,10 +37,12 @@ from selfevo.decoupled.planner import (
 )
 from selfevo.dialogue import ESCONV_STRATEGIES, Dialogue, Example, Turn, clean_dialogue
 from selfevo.evaluation.ask_json import Answer, Messages
-from selfevo.evolve import RunError
-from selfevo.generate import Reply, Sampling, sample_replies
+from selfevo.files import FileError
+from selfevo.generate import Sampling
+from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.lora import inject_lora, lora_parameters, remove_adapters, save_adapter
 from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
+from selfevo.settings import compose
 from selfevo.trie.trie import as_ids, shared_prefix
 
 EXAMPLE = ITERATE.with_name("decoupled.py")
@@ -197,7 +199,7 @@ def test_two_adapters_take_turns_on_one_backbone(world: Path, tmp_path: Path) ->
     def answer(folder: Path, planner: Path, generator: Path) -> list[tuple[Plan | None, Reply]]:
         return respond(
             model, tokenizer, [CONTEXT[:1], CONTEXT], folder / "plans.jsonl", folder / "replies.jsonl",
-            PlanSettings(), planner=planner, generator=generator, sampling=GREEDY, max_new_tokens=8,
+            PlanSettings(), planner=planner, generator=generator, replies=ReplySettings(GREEDY, max_new_tokens=8),
         )  # fmt: skip
 
     answers = answer(tmp_path / "a", planner, generator)
@@ -303,7 +305,7 @@ def configuration(world: Path, out: Path, **changes: Any) -> DecoupledConfig:  #
         "backbone": str(world / "backbone"), "esconv": str(data), "out": str(out), "epochs": 1, "max_new_tokens": 8,
         "sft_learning_rate": 1e-3, "learning_rate": 1e-3, "batch_size": 4, "accumulation": 1,
     }  # fmt: skip
-    return DecoupledConfig(**(values | changes))
+    return compose(DecoupledConfig, values | changes)
 
 
 def faulty(cases: Sequence[Case], counts: Counter[str]) -> list[frozenset[str] | None]:
@@ -378,8 +380,8 @@ def test_an_interrupted_run_ends_as_the_whole_one(finished: Path, world: Path, t
     shutil.copy(finished.parent / "labelled.json", tmp_path)
     config = configuration(world, run)
     stamp = json.loads((run / "config.json").read_text())  # the copy's own data file
-    stamp["settings"]["esconv"] = config.esconv
-    stamp["data"] = {config.esconv: next(iter(stamp["data"].values()))}
+    stamp["settings"]["esconv"] = config.data.esconv
+    stamp["data"] = {config.data.esconv: next(iter(stamp["data"].values()))}
     (run / "config.json").write_text(json.dumps(stamp))
     for gone in ("planner-dpo/adapter_config.json", "generator-dpo/filter.json", "generator-dpo/adapter_config.json"):
         (run / gone).unlink()
@@ -429,7 +431,7 @@ def test_dialogues_without_strategies_and_pairs_that_nobody_finds_are_told(world
     def nothing(cases: Sequence[Case], counts: Counter[str]) -> list[frozenset[str] | None]:
         return [frozenset() for _ in cases]
 
-    with pytest.raises(RunError, match=r"generator-dpo: no preference pair was left"):
+    with pytest.raises(FileError, match=r"generator-dpo: no preference pair was left"):
         decouple(configuration(world, tmp_path / "run"), nothing)
     assert (tmp_path / "run" / "eval" / "strategies.md").is_file()
 

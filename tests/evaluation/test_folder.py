@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_evolve import ITERATE, finished, records, world  # noqa: F401  (fixtures)
-from test_judge import Server, says, server  # noqa: F401  (a fixture)
+from chat_server import Server, says
+from runs import ITERATE, finished, records, world  # noqa: F401  (fixtures)
 from transformers import AutoModelForCausalLM
 
 from selfevo.dialogue import Example, Turn
@@ -154,7 +154,7 @@ def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, arguments: list[st
 # --- examples/judge.py ------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_judged_and_compared_with_people_and_the_second_time_is_free(run: Path, server: Server) -> None:  # noqa: F811
+def test_a_run_is_judged_and_compared_with_people_and_the_second_time_is_free(run: Path, server: Server) -> None:
     server.script = [says(json.dumps({a.name: {"reason": "r", "score": 1 + i % 5} for i, a in enumerate(ASPECTS)}))]
     people = run / "people.jsonl"
     examples = read_examples(run / "eval")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from chat_server import Behaviour, Server, completion, cut_off, example, hang_up, raw, says
 
-from selfevo.dialogue import Example, Turn
 from selfevo.evaluation.ask_json import Answer, UnusableAnswerError, ask_json, json_object
 from selfevo.evaluation.endpoint import AnswerCache, Endpoint, EndpointError, EndpointSettings
 from selfevo.evaluation.judge import (
@@ -32,107 +30,6 @@ from selfevo.models import load_model, load_tokenizer
 
 GOOD = json.dumps({aspect.name: {"reason": "so", "score": 3} for aspect in ASPECTS})
 QUESTION = [{"role": "user", "content": "hello"}]
-
-
-def completion(text: Any, finish: str = "stop") -> bytes:
-    message = {"role": "assistant", "content": text}
-    return json.dumps({"choices": [{"index": 0, "finish_reason": finish, "message": message}]}).encode()
-
-
-class Server:
-    """A chat endpoint on loopback; the n-th request for a conversation meets the n-th behaviour of the script."""
-
-    def __init__(self) -> None:
-        self.script: list[Any] = []
-        self.requests: list[dict[str, Any]] = []
-        self.met: Counter[str] = Counter()
-        self.running = self.most_running = 0
-        self.lock = threading.Lock()
-        self.release = threading.Event()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with server.lock:
-                    server.requests.append(body | {"authorization": self.headers.get("Authorization")})
-                    number = server.met[json.dumps(body["messages"])]
-                    server.met[json.dumps(body["messages"])] += 1
-                    server.running += 1
-                    server.most_running = max(server.most_running, server.running)
-                try:
-                    server.script[min(number, len(server.script) - 1)](self)
-                finally:
-                    with server.lock:
-                        server.running -= 1
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-
-    def endpoint(self, cache: Path, **changes: Any) -> Endpoint:
-        settings = {"url": self.url, "model": "judge-1", "pause": 0.01, "timeout": 0.5, **changes}
-        return Endpoint(EndpointSettings(**settings), cache)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name in ("SELFEVO_API_KEY", "OPENAI_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    made = Server()
-    yield made
-    made.release.set()
-    made.http.shutdown()
-    made.http.server_close()
-
-
-Behaviour = Callable[[Any], None]
-
-
-def says(text: Any, finish: str = "stop") -> Behaviour:
-    return raw(completion(text, finish))
-
-
-def raw(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> Behaviour:
-    def behave(handler: Any) -> None:
-        handler.send_response(status)
-        for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
-            handler.send_header(name, value)
-        handler.send_header("Content-Length", str(len(body)))
-        handler.end_headers()
-        handler.wfile.write(body)
-
-    return behave
-
-
-def cut_off(handler: Any) -> None:
-    """Promises more than it sends."""
-    handler.send_response(200)
-    handler.send_header("Content-Length", "1000")
-    handler.end_headers()
-    handler.wfile.write(completion("half")[:20])
-    handler.close_connection = True
-
-
-def hang_up(handler: Any) -> None:
-    handler.close_connection = True
-
-
-def example(text: str) -> Example:
-    return Example(f"d{text}", 1, (Turn("seeker", text),), Turn("supporter", "golden"))
-
-
-# --- the endpoint -----------------------------------------------------------------------------------------------------
 
 
 def test_answers_come_in_order_and_requests_carry_the_papers_decoding(server: Server, tmp_path: Path) -> None:
@@ -384,6 +281,6 @@ def test_a_local_backbone_answers_from_its_cache_the_second_time(
     assert counts["given_up"] == 1
     assert counts["cut_at_limit"] + counts["not_json"] == 2
     first = responder().answer([QUESTION])
-    monkeypatch.setattr("selfevo.replies.generate", None)
+    monkeypatch.setattr("selfevo.generate.replies.generate", None)
     assert responder().answer([QUESTION]) == first
     assert first[0].text

@@ -33,7 +33,7 @@ from selfevo.evaluation.report.figures import (
 )
 from selfevo.evaluation.report.html import element, join, page, section, table
 from selfevo.evaluation.score import score_answers
-from selfevo.evolve import EvolveConfig, read_corpus
+from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, read_corpus
 from selfevo.evolve.run import open_run
 from selfevo.files import read_json, read_jsonl, write_json, write_jsonl
 from selfevo.generate import Reply
@@ -123,9 +123,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     for name, count in (("human.json", 10), ("test.json", 8)):
         (folder / name).write_text(json.dumps([dialogue(number) for number in range(count)]))
-    config = EvolveConfig(
-        "backbone/tiny", str(folder / "human.json"), str(folder / "run"), test=str(folder / "test.json")
-    )
+    data = DataSettings(str(folder / "human.json"), str(folder / "test.json"))
+    config = EvolveConfig(backbone=BackboneSettings("backbone/tiny"), data=data, out=str(folder / "run"))
     run = open_run(config)
     corpus = read_corpus(config)
     write_json(run / "data.json", corpus.report())

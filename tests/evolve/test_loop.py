@@ -1,5 +1,7 @@
 """The loop end to end on a tiny backbone: its files, its numbers, resuming after SIGKILL, and bad input."""
 
+# ruff: noqa: F811  (fixtures are imported)
+
 from __future__ import annotations
 
 import json
@@ -13,77 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tokenizers
 import torch
-from conftest import tiny_model
+from runs import ITERATE, configuration, dialogue, finished, flags, records, world  # noqa: F401
 from safetensors.torch import load_file
 
 from selfevo.datasets import read_pairs
 from selfevo.datasets.encoding import fit_prompt
-from selfevo.evolve import EvolveConfig, RunError, evolve
+from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, RefineSettings, RunError, TrainSettings, evolve
+from selfevo.files import FileError
+from selfevo.generate import Sampling
 from selfevo.lora import load_adapter
-from selfevo.models import load_model, load_tokenizer, save_pretrained
+from selfevo.models import load_model, load_tokenizer
 from selfevo.scoring import response_logps
-
-ITERATE = Path(__file__).resolve().parents[2] / "examples" / "iterate.py"
-MARKERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-SMALL: dict[str, Any] = {
-    "epochs": 1, "max_new_tokens": 12, "reflection_tokens": 16, "tries": 2, "learning_rate": 1e-3,
-    "sft_learning_rate": 1e-3, "style": "plain", "batch_size": 2, "accumulation": 1,
-}  # fmt: skip
-
-
-def dialogue(number: int, turns: int = 6) -> dict[str, Any]:
-    said = []
-    for turn in range(turns):
-        said.append({"speaker": "seeker", "annotation": {}, "content": f"I feel worse today, {number} and {turn}."})
-        said.append(
-            {"speaker": "supporter", "annotation": {"strategy": "Question"}, "content": f"Why is {turn} so hard?"}
-        )
-    return {"dialog": said, "emotion_type": "sadness", "problem_type": "job", "situation": "s"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Llama-3-format checkpoint with a byte tokenizer, and small files in the public formats."""
-    folder = tmp_path_factory.mktemp("world")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, special_tokens=MARKERS, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([], trainer)
-    backbone = folder / "backbone"
-    backbone.mkdir()
-    tokenizer.save(str(backbone / "tokenizer.json"))
-    settings = {"bos_token": MARKERS[0], "eos_token": MARKERS[4]}
-    (backbone / "tokenizer_config.json").write_text(json.dumps(settings))
-    model = tiny_model(vocab_size=tokenizer.get_vocab_size(), max_positions=2048)
-    save_pretrained(model, load_tokenizer(backbone), backbone)
-    esconv = [dialogue(number) for number in range(10)]
-    (folder / "esconv.json").write_text(json.dumps(esconv))
-    (folder / "test.json").write_text(json.dumps(esconv[:2]))
-    turns = [{"User": "I am sad."}, {"AI Strategy": "", "AI": "Tell me more."}] * 5
-    synthetic = [{"scene": "s", "description": "d", "content": turns} for _ in range(20)]
-    (folder / "extes.json").write_text(json.dumps(synthetic))
-    replay = [{"instruction": f"Say {n}.", "input": "", "output": str(n)} for n in range(5)]
-    (folder / "alpaca.json").write_text(json.dumps(replay))
-    return folder
-
-
-def configuration(world: Path, out: Path, **changes: Any) -> EvolveConfig:
-    paths = {"backbone": str(world / "backbone"), "esconv": str(world / "esconv.json"), "out": str(out)}
-    paths |= {"test": str(world / "test.json"), "replay": str(world / "alpaca.json")}
-    return EvolveConfig(**(paths | {"synthetic": (str(world / "extes.json"),)} | SMALL | changes))
-
-
-@pytest.fixture(scope="module")
-def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return evolve(configuration(world, tmp_path_factory.mktemp("runs") / "finished"))
-
-
-def records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+from selfevo.settings import flatten, leaves
 
 
 def test_a_run_leaves_every_file_of_the_layout(finished: Path) -> None:
@@ -159,14 +103,6 @@ def test_the_table_has_a_row_per_model_and_the_change_per_iteration(finished: Pa
     assert f"{scores['M2']['BLEU-2']:.2f} ({change:+.2f})" in table.splitlines()[-1]
 
 
-def flags(config: EvolveConfig) -> list[str]:
-    given: list[str] = []
-    paths = {name: getattr(config, name) for name in ("backbone", "esconv", "out", "test", "replay")}
-    for name, value in (paths | {"synthetic": config.synthetic[0]} | SMALL).items():
-        given += ["--" + name.replace("_", "-"), str(value)]
-    return given
-
-
 def iterate(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """The example in a process of its own; with KILL_AT it kills itself around the writing of that file."""
     code = KILLER if environment else "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__')"
@@ -239,7 +175,7 @@ def test_a_reference_of_other_pairs_is_refused(finished: Path, world: Path, tmp_
     (run / "M2" / "adapter_config.json").unlink()
     lines = (run / "M2" / "pairs.jsonl").read_text().splitlines(keepends=True)
     (run / "M2" / "pairs.jsonl").write_text("".join(lines[:-1]))
-    with pytest.raises(RunError, match=r"reference\.json: was computed with another model or other pairs"):
+    with pytest.raises(FileError, match=r"reference\.json: was computed with another model or other pairs"):
         evolve(configuration(world, run), resume=True)
 
 
@@ -319,18 +255,25 @@ def test_settings_are_checked_where_they_are_made(world: Path, changes: dict[str
         configuration(world, Path("unused"), **changes)
 
 
+def test_a_run_has_one_seed() -> None:
+    base = {"backbone": BackboneSettings("b"), "data": DataSettings("e"), "out": "o"}
+    for part in ({"training": TrainSettings(seed=1)}, {"replies": RefineSettings(Sampling(seed=1))}):
+        with pytest.raises(ValueError, match="a run has one seed"):
+            EvolveConfig(**(base | part))
+
+
 def test_the_papers_values_are_the_defaults() -> None:
-    config = EvolveConfig(backbone="b", esconv="e", out="o")
+    config = flatten(EvolveConfig(backbone=BackboneSettings("b"), data=DataSettings("e"), out="o"))
     paper = {
         "iterations": 2, "rank": 8, "alpha": 16.0, "learning_rate": 5e-6, "epochs": 2, "batch_size": 4,
         "accumulation": 2, "warmup": 0.01, "patience": 3, "beta": 0.1, "gamma": 1.0, "replay_count": 500,
         "temperature": 0.9, "top_p": 0.8, "top_k": 50, "repetition_penalty": 1.2, "tries": 3,
     }  # fmt: skip
-    assert {name: getattr(config, name) for name in paper} == paper
+    assert {name: config[name] for name in paper} == paper
 
 
 def test_every_setting_is_a_documented_flag() -> None:
     result = subprocess.run([sys.executable, str(ITERATE), "--help"], capture_output=True, text=True, check=True)
-    for name in EvolveConfig.__dataclass_fields__:
+    for name in leaves(EvolveConfig):
         assert f"--{name.replace('_', '-')}" in result.stdout
     assert "--resume" in result.stdout

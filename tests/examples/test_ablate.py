@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from runs import ITERATE, configuration, finished, flags, records, world  # noqa: F401  (fixtures)
 from safetensors.torch import load_file
-from test_evolve import ITERATE, configuration, finished, flags, records, world  # noqa: F401  (fixtures)
 
 from selfevo.datasets import read_pairs
 from selfevo.evolve import evolve

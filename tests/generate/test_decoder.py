@@ -15,20 +15,20 @@ import transformers
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from selfevo.generate.fused_layers import decoding_layers
+from torch import nn
 from transformers.generation import logits_process as processors
 
-from selfevo.generate import Sampling, generate
-from selfevo.generate import cache as caches
+from selfevo.generate import Sampling, generate, shared_cache
+from selfevo.generate import adapters as adapters_room
 from selfevo.generate import decoder as generate_room
-from selfevo.generate import fused_layers as folding
-from selfevo.generate.cache import SlotCache, Trunk
-from selfevo.generate.sampling import candidates, draw, largest, remember, uniform_noise
-from selfevo.generate.shared_cache import SharedPrefixes, attend_shared, hide
+from selfevo.generate.adapters import decoding_layers
+from selfevo.generate.cache import Prefix, SlotCache
+from selfevo.generate.sampling import draw, logits_to_probs, remember, topk_by_groups, uniform_noise
+from selfevo.generate.shared_cache import RowGroups, attend_shared, attention_bias, similar_runs
 from selfevo.kernels import linear as products
 from selfevo.lora import LoRALinear, disable_adapters, freeze_adapter, inject_lora, lora_parameters, remove_adapters
 from selfevo.models import Transformer, load_model, save_pretrained
-from selfevo.models.attention import attend
+from selfevo.models.attention import fused_attention
 from selfevo.scoring import response_logps
 from selfevo.trie import build_trie
 
@@ -105,21 +105,21 @@ def test_the_sampling_distribution_equals_that_of_transformers(
         remember(noted, torch.full((3,), place), seen[:, place])
     chosen = {"temperature": temperature, "top_k": top_k, "top_p": 1.0 if ties else top_p}
     columns = F.pad(logits, (0, 0, 0, more)).t().contiguous()
-    probs, ids = candidates(columns, noted, penalty=penalty, **chosen)
+    probs, ids = logits_to_probs(columns, noted, penalty=penalty, **chosen)
     dense = torch.zeros(3, 40).scatter_add(1, ids, probs)
     torch.testing.assert_close(dense, expected.softmax(1), rtol=1e-4, atol=1e-6)
 
 
 def test_scores_that_tie_with_the_kth_survive_top_k() -> None:
     logits = torch.tensor([[1.0, 3.0, 1.0, 1.0, 0.0]]).t()
-    probs, ids = candidates(logits, temperature=1.0, top_k=2, top_p=1.0)
+    probs, ids = logits_to_probs(logits, temperature=1.0, top_k=2, top_p=1.0)
     assert sorted(ids[0][probs[0] > 0].tolist()) == [0, 1, 2, 3]
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p_and_at_least_one() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().t()
     for p, kept in ((0.01, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.81, 3), (0.99, 4)):
-        probs, _ = candidates(logits.double(), temperature=1.0, top_k=0, top_p=p)
+        probs, _ = logits_to_probs(logits.double(), temperature=1.0, top_k=0, top_p=p)
         assert int((probs > 0).sum()) == kept, p
 
 
@@ -161,7 +161,7 @@ def test_prompts_spread_over_several_prefill_packs_give_the_same_replies(monkeyp
     model = tiny_model(windows=(None, 5))
     options: dict[str, Any] = {"max_new_tokens": 12, "stop_ids": [1, 2], "seed": 3}
     expected = generate(model, PROMPTS, **options)
-    monkeypatch.setattr("selfevo.generate.MAX_PREFILL_TOKENS", 6)
+    monkeypatch.setattr("selfevo.generate.decoder.MAX_PREFILL_TOKENS", 6)
     assert generate(model, PROMPTS, batch_size=2, **options) == expected
 
 
@@ -219,7 +219,7 @@ def test_shared_trunks_give_the_replies_of_rows_that_keep_their_own_prompts(
 
     expected: list[list[int]] | None = None
     for spread in (1.0, 1.5, 100.0):
-        monkeypatch.setattr(caches, "SPREAD", spread)
+        monkeypatch.setattr(shared_cache, "SPREAD", spread)
         for slots in (1, 4, 9):
             found = generate(model, prompts, max_new_tokens=12, batch_size=slots, stop_when=ends)
             expected = expected or found
@@ -237,7 +237,7 @@ def test_relatives_share_a_trunk_and_strangers_do_not() -> None:
     trunk = list(range(100))
     prompts = [[*trunk[:n], 200 + n] for n in (60, 80, 99)] + [[7, *range(150, 190)], [7, *range(150, 180), 9]]
     trie = build_trie(prompts)
-    groups = caches._relatives(trie.paths)
+    groups = similar_runs(trie.paths)
     assert [len(group) for group in groups] == [3, 2]
     assert all(len(set().union(*map(list, group))) <= 1.5 * max(map(len, group)) for group in groups)
 
@@ -260,27 +260,28 @@ def test_attention_in_two_parts_is_attention_over_all_keys(
 
     queries = scale * normal(8, 1, groups * each, rows).permute(3, 2, 1, 0)  # laid out as a product from the left is
     keys, values = normal(rows, groups, own, 8), normal(rows, groups, own, 8)
-    trunks, sees = [], []
+    prefixes, blocked = [], []
     sizes = [rows] if rows < 3 else [2, rows - 2]
     for size in sizes:
         hidden = torch.rand(size, shared, generator=generator) < 0.4
         hidden[0] = True
         sides = [normal(2, groups, shared, 8) for _ in range(2)]
-        trunks.append(Trunk(sides[0], sides[1], torch.arange(shared), hide(hidden, dtype, each)))
-        sees.append(~hidden)
+        prefixes.append(Prefix(sides[0], sides[1], torch.arange(shared)))
+        blocked.append(hidden)
     order = torch.randperm(rows, generator=generator)
     unseen = torch.rand(rows, own, generator=generator) < 0.4
     unseen[:, 0] = False
-    mask = SharedPrefixes(trunks, sizes, order, order.argsort(), hide(unseen, dtype), each)
-    found = attend_shared(queries, keys, values, mask, 1)
+    groups_of_rows = RowGroups(prefixes, sizes, blocked, order, order.argsort())
+    biases = [attention_bias(hidden, dtype).repeat_interleave(each, dim=0) for hidden in blocked]
+    found = attend_shared(queries, keys, values, 1, groups_of_rows, attention_bias(unseen, dtype), biases)
     assert found.dtype == dtype
     place = 0
-    for trunk, size, seen in zip(trunks, sizes, sees):
+    for prefix, size, hidden in zip(prefixes, sizes, blocked):
         for offset in range(size):
             row = int(order[place + offset])
-            whole = (torch.cat(x, dim=1) for x in ((trunk.keys[1], keys[row]), (trunk.values[1], values[row])))
+            whole = (torch.cat(x, dim=1) for x in ((prefix.keys[1], keys[row]), (prefix.values[1], values[row])))
             wide = (x.double().repeat_interleave(each, dim=0) for x in whole)
-            allowed = torch.cat((seen[offset], ~unseen[row]))[None]
+            allowed = torch.cat((~hidden[offset], ~unseen[row]))[None]
             expected = F.scaled_dot_product_attention(queries[row].double(), *wide, attn_mask=allowed)
             close = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
             torch.testing.assert_close(found[row].double(), expected, rtol=close, atol=close)
@@ -290,7 +291,7 @@ def test_attention_in_two_parts_is_attention_over_all_keys(
 @pytest.mark.parametrize("units", [False, True])
 def test_bfloat16_rollouts_work_with_and_without_matrix_units(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside keys of float32 and of bfloat16: hidden states near those of float64 weights with the same numbers."""
-    for room in (caches, products):
+    for room in (shared_cache, products):
         monkeypatch.setattr(room, "has_matrix_units", lambda: units)
     model = tiny_model().bfloat16()
     exact = copy.deepcopy(model).double()
@@ -305,8 +306,8 @@ def test_bfloat16_rollouts_work_with_and_without_matrix_units(units: bool, monke
             checked += 1
         return hidden
 
-    decode = generate_room._Decoder._decode
-    monkeypatch.setattr(generate_room._Decoder, "_decode", compared)
+    decode = generate_room._Decoder.decode_one_token
+    monkeypatch.setattr(generate_room._Decoder, "decode_one_token", compared)
     for slots in (1, 3):
         replies = generate(model, PROMPTS[:3], max_new_tokens=5, batch_size=slots)
         assert [len(reply) for reply in replies] == [5, 5, 5]
@@ -326,7 +327,7 @@ def test_the_largest_by_sets_are_those_of_topk(
     width = min(width, size)
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randint(lowest, lowest + levels, (size, rows), generator=generator).to(dtype)
-    found, places = largest(scores, width)
+    found, places = topk_by_groups(scores, width)
     assert torch.equal(found, scores.float().topk(width, dim=0).values.t())
     assert torch.equal(scores.float().gather(0, places.t()).t(), found)
     assert all(len(set(row)) == width for row in places.tolist())
@@ -335,7 +336,7 @@ def test_the_largest_by_sets_are_those_of_topk(
 def test_a_penalty_is_not_rounded_to_the_dtype_of_the_logits() -> None:
     """transformers penalises in float32: 2 / 1.25 is 1.6, not its neighbour in bfloat16."""
     logits = torch.tensor([[2.0, 1.5, -1.0]], dtype=torch.bfloat16).t()
-    probs, ids = candidates(logits, torch.tensor([[0, 0]]), penalty=1.25, temperature=1.0, top_k=0, top_p=1.0)
+    probs, ids = logits_to_probs(logits, torch.tensor([[0, 0]]), penalty=1.25, temperature=1.0, top_k=0, top_p=1.0)
     expected = torch.tensor([1.6, 1.5, -1.0]).softmax(0)
     torch.testing.assert_close(torch.zeros(3).scatter_add(0, ids[0], probs[0]), expected)
 
@@ -390,68 +391,44 @@ def stacked_model() -> Transformer:
 
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("room", [2**20, 0])
-def test_folded_adapters_act_as_the_layers_do_and_leave_them_as_they_were(
+def test_merged_adapters_act_as_the_layers_do_and_leave_them_as_they_were(
     enabled: bool, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without room for the copies they stay apart, in the dtype of the weights."""
-    monkeypatch.setattr(folding, "MAX_BYTES", room)
+    monkeypatch.setattr(adapters_room, "MAX_BYTES", room)
     model = stacked_model()
     tokens = torch.tensor([[1, 5, 9, 2]])
     switch = contextlib.nullcontext() if enabled else disable_adapters(model)
     with torch.no_grad(), switch:
         expected, before = model(tokens), {name: t.clone() for name, t in model.state_dict().items()}
-        with decoding_layers(model) as folded:
-            assert folded == bool(room)
-            layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
-            assert all((layer.prepared is None) == folded for layer in layers)
-            assert not (folded and any(layer.frozen_A.shape[0] or layer.adapter_enabled for layer in layers))
+        with decoding_layers(model):
+            layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+            assert not any(isinstance(layer, LoRALinear) for layer in layers)
+            assert len(layers) == (15 if room else 1)  # all are plain products, or none but the head
             torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-5)
         assert torch.equal(model(tokens), expected)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("dtype", "adapted"),
-    [
-        (torch.float32, []),
-        (torch.float32, ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]),
-        (torch.bfloat16, []),
-        (torch.bfloat16, ["q_proj", "up_proj", "down_proj"]),
-    ],
-)
-def test_layers_of_one_input_are_joined_and_leave_a_model_that_can_be_saved(
-    dtype: torch.dtype, adapted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some of them with adapters, with biases and without; weights are moved once, and only in memory."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rollout_leaves_the_users_weights_alone(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The same modules, the same memory, nothing shared between them; what follows can be trained and saved."""
     model = tiny_model(family="qwen2", qkv_bias=True).to(dtype)
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            torch.nn.init.normal_(parameter)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    if adapted:
-        inject_lora(model, rank=2, alpha=4, targets=adapted)
-        for parameter in lora_parameters(model):
-            torch.nn.init.normal_(parameter, std=0.2)
-    tokens = torch.randint(0, 60, (9, 1), generator=torch.Generator().manual_seed(0))
-    close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.15}
-    with torch.inference_mode():
-        expected = model(tokens)
-        places = []
-        for _ in range(2):
-            with decoding_layers(model), monkeypatch.context() as patch:
-                for block in model.model.layers:
-                    for unused in (block.self_attn.k_proj, block.mlp.up_proj):
-                        patch.setattr(unused, "forward", None)
-                torch.testing.assert_close(model(tokens), expected, **close)
-            places.append([p.data_ptr() for name, p in model.named_parameters() if "lora" not in name])
-            assert torch.equal(model(tokens), expected)
-    assert places[0] == places[1]
-    model(tokens.t()).sum().backward()
+    inject_lora(model, rank=2, alpha=4, targets=["q_proj", "up_proj", "down_proj"])
+    for parameter in lora_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.2)
+    modules = dict(model.named_modules())
+    places = {name: parameter.untyped_storage().data_ptr() for name, parameter in model.named_parameters()}
+    generate(model, PROMPTS, max_new_tokens=3)
+    assert dict(model.named_modules()) == modules
+    assert {name: p.untyped_storage().data_ptr() for name, p in model.named_parameters()} == places
+    assert len(set(places.values())) == len(places)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
     gradients = [p.grad.abs().sum() for p in model.parameters() if p.requires_grad and p.grad is not None]
-    assert gradients
+    assert len(gradients) == len(lora_parameters(model))
     assert all(gradients)
-    if adapted:
-        remove_adapters(model)
+    remove_adapters(model)
     save_pretrained(model, None, tmp_path)
     found = load_model(tmp_path, dtype=dtype).state_dict()
     assert all(torch.equal(tensor, before[name]) for name, tensor in found.items())
@@ -468,8 +445,7 @@ def test_bfloat16_adapters_stay_apart_and_are_as_exact_as_float32_ones() -> None
                 getattr(wide, name).data = parameter.data.float()
     with torch.no_grad():
         truth, apart = exact(tokens), model(tokens).float()
-        with decoding_layers(model) as folded:
-            assert not folded
+        with decoding_layers(model):
             prepared = model(tokens).float()
     assert not torch.equal(prepared, apart)
     assert (prepared - truth).norm() <= 1.2 * (apart - truth).norm()
@@ -492,5 +468,5 @@ def test_shared_keys_attend_like_repeated_ones(dtype: torch.dtype) -> None:
         expected = scores.masked_fill(~seen, -torch.inf).softmax(-1) @ wide[1]
         tolerance = 1e-5 if dtype == torch.float32 else 3e-2
         torch.testing.assert_close(
-            attend(queries, keys, values, mask).double(), expected, rtol=tolerance, atol=tolerance
+            fused_attention(queries, keys, values, mask).double(), expected, rtol=tolerance, atol=tolerance
         )

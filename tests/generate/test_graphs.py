@@ -23,7 +23,7 @@ def ends(reply: list[int]) -> bool:
 
 @pytest.fixture
 def slots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cache of accelerators, with steps in a few small shapes."""
+    """The cache of GPUs, with steps in a few small shapes."""
     monkeypatch.setattr(caches, "_ROWS", 2)
     monkeypatch.setattr(caches, "_KEYS", 16)
     monkeypatch.setattr(
@@ -56,7 +56,8 @@ def test_a_recorded_step_gives_the_same_replies(
         return replay
 
     monkeypatch.setattr(generate_room, "step_graphs", lambda device: Graphs(capture))
-    assert generate(model, PROMPTS, max_new_tokens=12, batch_size=batch_size, stop_when=ends) == expected
+    found = generate(model, PROMPTS, max_new_tokens=12, batch_size=batch_size, stop_when=ends, cuda_graphs=True)
+    assert found == expected
     assert len(recorded) < replayed[0]
 
 
@@ -70,17 +71,16 @@ def test_a_failed_capture_is_said_once_and_steps_run_as_they_are(monkeypatch: py
 
     monkeypatch.setattr(generate_room, "step_graphs", lambda device: Graphs(fails))
     with pytest.warns(UserWarning, match="CUDA graphs are not used: no graphs here") as seen:
-        assert generate(model, PROMPTS, max_new_tokens=5) == expected
+        assert generate(model, PROMPTS, max_new_tokens=5, cuda_graphs=True) == expected
     assert len(seen) == 1
 
 
-def test_there_are_no_graphs_on_a_processor() -> None:
+def test_there_are_no_graphs_on_a_cpu() -> None:
     assert step_graphs(torch.device("cpu")) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_graphs_on_a_gpu_give_the_replies_of_single_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphs_on_a_gpu_give_the_replies_of_single_calls() -> None:
     model = tiny_model().cuda()
-    found = generate(model, PROMPTS, max_new_tokens=12, batch_size=4, stop_when=ends)
-    monkeypatch.setattr(generate_room, "step_graphs", lambda device: None)
+    found = generate(model, PROMPTS, max_new_tokens=12, batch_size=4, stop_when=ends, cuda_graphs=True)
     assert generate(model, PROMPTS, max_new_tokens=12, batch_size=4, stop_when=ends) == found

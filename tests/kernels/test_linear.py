@@ -20,11 +20,10 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> to
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.fixture(params=[1, 2, 3])
-def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a processor with bfloat16 matrix units and so many threads."""
+@pytest.fixture
+def units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU with bfloat16 matrix units."""
     monkeypatch.setattr(room, "has_matrix_units", lambda: True)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
 @pytest.mark.usefixtures("units")
@@ -35,7 +34,7 @@ def units(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def test_any_number_of_rows_is_multiplied_like_any_other(
     rows: int, biased: bool, size: int, width: int, dtype: torch.dtype
 ) -> None:
-    """One row, a few, some, and with fifty columns what two threads would run on one of them."""
+    """One row, a few, some, and many."""
     x, weight = normal(rows, width, dtype=dtype), normal(size, width, seed=1, dtype=dtype)
     bias = normal(size, seed=2, dtype=dtype) if biased else None
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())

@@ -15,12 +15,13 @@ import torch
 from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from test_trie import dialogue_examples, one_at_a_time
+from oracles import dialogue_examples, one_at_a_time
 from torch import Tensor
 
+from selfevo import scoring
 from selfevo.lora import disable_adapters, freeze_adapter, inject_lora, load_adapter, lora_parameters
 from selfevo.models import Transformer, transformer
-from selfevo.scoring import response_logps
+from selfevo.scoring import packed_logps, response_logps
 from selfevo.training import DPOObjective, PairIds, SFTObjective, TrainSettings, both_sides, reference_logps, train
 from selfevo.training import loop as train_room
 from selfevo.training.reference import fingerprint
@@ -56,12 +57,12 @@ def move(model: Transformer, size: float) -> None:
 def dpo(model: Transformer, max_tokens: int = 4096, beta: float = 0.5, gamma: float = 1.0) -> DPOObjective:
     pairs = pair_ids()
     groups = ["a", "a", "a", "b", "b", "b"]
-    return DPOObjective(pairs, reference_logps(model, pairs, max_tokens), groups, max_tokens, beta=beta, gamma=gamma)
+    return DPOObjective(pairs, reference_logps(model, pairs, max_tokens), groups, beta=beta, gamma=gamma)
 
 
-def sft(max_tokens: int = 4096) -> SFTObjective:
+def sft() -> SFTObjective:
     examples = dialogue_examples()
-    return SFTObjective(examples, [str(index // 4) for index in range(len(examples))], max_tokens)
+    return SFTObjective(examples, [str(index // 4) for index in range(len(examples))])
 
 
 def state(model: Transformer) -> Tensor:
@@ -98,7 +99,7 @@ class Watched:
 
 
 def watched(kind: str, model: Transformer, max_tokens: int = 4096) -> Watched:
-    return Watched(dpo(model, max_tokens) if kind == "dpo" else sft(max_tokens))
+    return Watched(dpo(model, max_tokens) if kind == "dpo" else sft())
 
 
 # Configurations that must agree
@@ -196,7 +197,7 @@ def test_the_trajectory_is_that_of_a_plain_loop_over_single_sequences(tmp_path: 
 
 @pytest.mark.parametrize("max_tokens", [4096, 1])
 def test_the_sft_loss_is_the_mean_over_items_of_the_mean_over_tokens(max_tokens: int) -> None:
-    model, objective = adapted(), sft(max_tokens)
+    model, objective = adapted(), sft()
     lengths = [len(response) for _, response in objective.examples]
     assert len(set(lengths)) > 2
     expected = plain_losses("sft", model)
@@ -397,7 +398,7 @@ def test_a_gradient_that_is_not_finite_stops_the_training_before_it_is_used(tmp_
 
 def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="M0: there are no items to train on"):
-        train(adapted(), SFTObjective([], [], 4096), tmp_path / "M0", FAST, label="M0")
+        train(adapted(), SFTObjective([], []), tmp_path / "M0", FAST, label="M0")
     assert not (tmp_path / "M0").exists()
 
 
@@ -563,3 +564,31 @@ def test_a_training_that_had_stopped_early_does_not_go_on(tmp_path: Path, monkey
     metrics = train(fresh, never, tmp_path, settings, held_out=never)
     assert len(metrics) == 2
     assert torch.equal(state(fresh), script.seen[0])
+
+
+# Packing
+
+
+def test_packed_log_probabilities_are_those_of_one_row_and_of_any_number_of_rows() -> None:
+    model, examples = tiny_model(), dialogue_examples()
+    sums, lengths = packed_logps(model, examples)
+    torch.testing.assert_close(sums, response_logps(model, examples, max_tokens=20)[0], rtol=1e-5, atol=1e-5)
+    assert lengths.tolist() == [len(response) for _, response in examples]
+    with pytest.raises(ValueError, match="example 1: its response has no tokens"):
+        packed_logps(model, [([1], [2]), ([1], [])])
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_a_pack_is_one_row_of_the_model_and_is_not_packed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("packed a second time")
+
+    monkeypatch.setattr(scoring, "pack", never)
+    model, rows = adapted(), []
+    objective = watched(kind, model, max_tokens=20)
+    model.model.embed_tokens.register_forward_hook(lambda _, arguments, __: rows.append(arguments[0].shape))
+    train(model, objective, tmp_path, replace(FAST, max_tokens=20))
+    assert len(rows) == len(objective.calls) > 2
+    assert all(shape[0] == 1 for shape in rows)

@@ -10,12 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selfevo.trie import TokenTrie, TreeMask, build_trie
+from selfevo.models import attention as model_attention
+from selfevo.trie import TokenTrie, build_trie
 from selfevo.trie import attention as room
-from selfevo.trie import trie as trie_room
+from selfevo.trie import mask as mask_room
 from selfevo.trie.attention import attend_tree
+from selfevo.trie.mask import TreeMask
 
 sequences_of_ids = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), min_size=1, max_size=8)
+
+
+def mask_of(trie: TokenTrie) -> TreeMask:
+    return TreeMask(trie, torch.device("cpu"))
 
 
 def inputs(
@@ -48,11 +54,11 @@ def test_values_and_gradients_are_those_of_the_dense_mask(
 ) -> None:
     trie = build_trie(sequences)
     x = inputs(trie, groups, each, torch.float64, scale=scale)
-    with mock.patch.object(trie_room, "DENSE_FOREST", forest), mock.patch.object(room, "_ROW_BYTES", 8 * rows):
-        found = attend_tree(*x, trie.mask())
+    with mock.patch.object(mask_room, "DENSE_FOREST", forest), mock.patch.object(room, "_ROW_BYTES", 8 * rows):
+        found = attend_tree(*x, mask_of(trie))
         slopes = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         gradients = torch.autograd.grad(found, x, slopes)
-    expected = dense(*x, trie.mask().dense)
+    expected = dense(*x, mask_of(trie).dense)
     torch.testing.assert_close(found, expected)
     for gradient, truth in zip(gradients, torch.autograd.grad(expected, x, slopes)):
         torch.testing.assert_close(gradient, truth)
@@ -63,19 +69,19 @@ def test_values_and_gradients_are_those_of_the_dense_mask(
 def test_bfloat16_is_right_to_its_rounding_with_either_forward(
     units: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Full blocks in bfloat16 and odd ones in float32, against float64 from the same rounded inputs."""
+    """Full tiles in bfloat16 and odd ones in float32, against float64 from the same rounded inputs."""
     monkeypatch.setattr(room, "has_matrix_units", lambda: units)
     monkeypatch.setattr(room, "_ROW_BYTES", 2 * rows)
-    monkeypatch.setattr(trie_room, "DENSE_FOREST", 5)
+    monkeypatch.setattr(mask_room, "DENSE_FOREST", 5)
     trunk = torch.arange(40).tolist()
     trie = build_trie([trunk, *([*trunk[:n], 50, *range(n)] for n in (3, 20, 33))])
     x = inputs(trie, 2, 3, torch.bfloat16)
-    found = attend_tree(*x, trie.mask())
+    found = attend_tree(*x, mask_of(trie))
     assert found.dtype == torch.bfloat16
     slopes = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
     gradients = torch.autograd.grad(found, x, slopes)
     exact = [a.detach().double().requires_grad_() for a in x]
-    expected = dense(*exact, trie.mask().dense)
+    expected = dense(*exact, mask_of(trie).dense)
     for value, truth in zip((found, *gradients), (expected, *torch.autograd.grad(expected, exact, slopes.double()))):
         assert (value.double() - truth).abs().max() <= 0.02 * truth.abs().max()
 
@@ -85,7 +91,7 @@ def test_nothing_but_queries_keys_and_values_is_kept() -> None:
     x = inputs(trie, 1, 2, torch.float32)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # type: ignore[func-returns-value]
-        attend_tree(*x, trie.mask())
+        attend_tree(*x, mask_of(trie))
     assert {t.data_ptr() for t in kept} == {t.data_ptr() for t in x}
 
 
@@ -93,9 +99,9 @@ def test_no_gradient_is_wanted_and_none_is_prepared() -> None:
     trie = build_trie([[1, 2, 3], [1, 2, 4]])
     x = inputs(trie, 1, 2, torch.float32)
     with torch.no_grad():
-        found = attend_tree(*x, TreeMask(trie, torch.device("cpu")))
+        found = attend_tree(*x, mask_of(trie))
     assert not found.requires_grad
-    torch.testing.assert_close(found, dense(*x, trie.mask().dense).detach())
+    torch.testing.assert_close(found, dense(*x, mask_of(trie).dense).detach())
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -103,7 +109,9 @@ def test_an_accelerator_is_given_no_mask_beside_shared_keys(masked: bool) -> Non
     """On the meta device, which computes shapes alone: the fused kernels there take a mask or shared keys, not both."""
     queries, keys = (torch.empty(1, heads, 5, 8, device="meta") for heads in (6, 2))
     mask = torch.ones(5, 5, dtype=torch.bool, device="meta") if masked else None
-    with mock.patch.object(room.F, "scaled_dot_product_attention", wraps=room.F.scaled_dot_product_attention) as kernel:
-        assert room.fused(queries, keys, keys, mask).shape == queries.shape
+    with mock.patch.object(
+        model_attention.F, "scaled_dot_product_attention", wraps=model_attention.F.scaled_dot_product_attention
+    ) as kernel:
+        assert model_attention.fused_attention(queries, keys, keys, mask).shape == queries.shape
     assert kernel.call_args.args[1].shape[1] == (6 if masked else 2)
     assert kernel.call_args.kwargs["enable_gqa"] is not masked

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from selfevo.lora import inject_lora, lora_parameters
 from selfevo.models import Transformer
 from selfevo.scoring import response_logps
-from selfevo.trie import TokenTrie, TreeMask, build_trie, pack
+from selfevo.trie import TokenTrie, build_trie, pack
 from selfevo.trie import attention as tree_attention
-from selfevo.trie import trie as trie_room
+from selfevo.trie import mask as mask_room
+from selfevo.trie.mask import Tile, TreeMask
 from selfevo.trie.trie import as_ids
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=9)
@@ -27,8 +28,12 @@ FAMILIES = {
 }
 
 
+def tree_mask(trie: TokenTrie) -> TreeMask:
+    return TreeMask(trie, torch.device("cpu"))
+
+
 def dense(trie: TokenTrie) -> torch.Tensor:
-    return trie.mask().dense
+    return tree_mask(trie).dense
 
 
 @given(sequences=st.lists(ids, min_size=1, max_size=12))
@@ -53,48 +58,47 @@ def test_a_small_trie_written_out() -> None:
     assert dense(trie).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
 
 
-def test_a_single_chain_is_one_causal_stretch() -> None:
-    (stretch,) = build_trie([[1, 2, 3], [1, 2], [1, 2, 3]]).mask().stretches
-    assert (stretch.nodes, stretch.before, stretch.mask) == (slice(0, 3), (), None)
+def test_a_single_chain_is_one_causal_tile() -> None:
+    (tile,) = tree_mask(build_trie([[1, 2, 3], [1, 2], [1, 2, 3]])).tiles
+    assert (tile.rows, tile.seen, tile.mask) == (slice(0, 3), (slice(0, 3),), None)
+
+
+def assert_tiles_are_the_dense_mask(trie: TokenTrie, tiles: list[Tile]) -> None:
+    """Together they allow what the dense mask allows, each node in one of them, each key once."""
+    rebuilt = torch.zeros(len(trie), len(trie), dtype=torch.bool)
+    for tile in tiles:
+        count = tile.rows.stop - tile.rows.start
+        columns = torch.cat([torch.arange(len(trie))[part] for part in tile.seen])
+        assert len(set(columns.tolist())) == len(columns)
+        assert columns[-count:].tolist() == list(range(len(trie)))[tile.rows]
+        mask = torch.ones(count, count, dtype=torch.bool).tril() if tile.mask is None else tile.mask
+        rebuilt[tile.rows, columns] = mask
+        assert mask[:, : len(columns) - count].all()  # a whole chain of ancestors
+        assert torch.equal(mask[:, -count:], ~tile.blocked)
+    assert [row for tile in tiles for row in range(len(trie))[tile.rows]] == list(range(len(trie)))
+    assert torch.equal(rebuilt, dense(trie))
 
 
 @given(sequences=st.lists(ids, min_size=1, max_size=12), forest=st.sampled_from([1, 2, 5]))
-def test_stretches_allow_what_the_dense_mask_allows_and_little_more(sequences: list[list[int]], forest: int) -> None:
+def test_tiles_allow_what_the_dense_mask_allows_and_little_more(sequences: list[list[int]], forest: int) -> None:
     trie = build_trie(sequences)
-    with mock.patch.object(trie_room, "DENSE_FOREST", forest):
-        stretches = TreeMask(trie, torch.device("cpu")).stretches
-    rebuilt = torch.zeros(len(trie), len(trie), dtype=torch.bool)
-    for stretch in stretches:
-        count = stretch.nodes.stop - stretch.nodes.start
-        columns = torch.cat([torch.arange(len(trie))[part] for part in (*stretch.before, stretch.nodes)])
-        assert len(set(columns.tolist())) == len(columns)
-        mask = torch.ones(count, count, dtype=torch.bool).tril() if stretch.mask is None else stretch.mask
-        assert mask[:, : len(columns) - count].all()  # a whole chain of ancestors
-        rebuilt[stretch.nodes, columns] = mask
-        assert count <= forest or mask[:, -count:].tril().sum() == count * (count + 1) // 2  # a chain wastes nothing
-    assert [row for stretch in stretches for row in range(len(trie))[stretch.nodes]] == list(range(len(trie)))
-    assert torch.equal(rebuilt, dense(trie))
+    with mock.patch.object(mask_room, "DENSE_FOREST", forest):
+        tiles = tree_mask(trie).tiles
+    assert_tiles_are_the_dense_mask(trie, tiles)
+    for tile in tiles:
+        count = tile.rows.stop - tile.rows.start
+        assert count <= forest or not tile.blocked.tril().any()  # a chain wastes nothing
 
 
 @given(
     sequences=st.lists(ids, min_size=1, max_size=12), forest=st.sampled_from([1, 2, 5]), rows=st.sampled_from([1, 2, 3])
 )
-def test_blocks_allow_what_the_dense_mask_allows(sequences: list[list[int]], forest: int, rows: int) -> None:
+def test_cut_tiles_allow_what_the_dense_mask_allows(sequences: list[list[int]], forest: int, rows: int) -> None:
     trie = build_trie(sequences)
-    with mock.patch.object(trie_room, "DENSE_FOREST", forest):
-        blocks = TreeMask(trie, torch.device("cpu")).blocks(rows)
-    rebuilt = torch.zeros(len(trie), len(trie), dtype=torch.bool)
-    for block in blocks:
-        columns = torch.cat([torch.arange(len(trie))[part] for part in block.seen])
-        count = block.rows.stop - block.rows.start
-        assert count <= max(rows, forest)
-        assert columns[-1] == block.rows.stop - 1
-        sees = torch.ones(count, len(columns), dtype=torch.bool)
-        if block.hidden is not None:
-            sees[:, -block.hidden.shape[1] :] = ~block.hidden
-        rebuilt[block.rows, columns] = sees
-    assert [row for block in blocks for row in range(len(trie))[block.rows]] == list(range(len(trie)))
-    assert torch.equal(rebuilt, dense(trie))
+    with mock.patch.object(mask_room, "DENSE_FOREST", forest):
+        tiles = tree_mask(trie).cut(rows)
+    assert_tiles_are_the_dense_mask(trie, tiles)
+    assert all(tile.rows.stop - tile.rows.start <= max(rows, forest) for tile in tiles)
 
 
 @given(sequences=st.lists(ids, min_size=1, max_size=12))
@@ -176,15 +180,15 @@ def adapted(**changes: object) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("stretched", [False, True])
+@pytest.mark.parametrize("tiled", [False, True])
 @pytest.mark.parametrize("max_tokens", [4096, 40, 1])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_values_and_gradients_equal_one_sequence_at_a_time(
-    family: str, max_tokens: int, stretched: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, max_tokens: int, tiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if stretched:
-        monkeypatch.setattr(trie_room, "DENSE_FOREST", 4)
-        monkeypatch.setattr(tree_attention, "_ROW_BYTES", 12)  # three rows a block
+    if tiled:
+        monkeypatch.setattr(mask_room, "DENSE_FOREST", 4)
+        monkeypatch.setattr(tree_attention, "_ROW_BYTES", 12)  # three rows a tile
     model, examples = adapted(**FAMILIES[family]), dialogue_examples()
     weights = torch.linspace(-1, 1, len(examples), dtype=torch.float64)
     sums, lengths = response_logps(model, examples, max_tokens=max_tokens)
