@@ -109,6 +109,16 @@ def test_the_tree_is_that_of_the_package(name: str) -> None:
     assert named <= files, f"{name} names {sorted(named - files)}"
 
 
+def test_the_machine_constants_stand_where_the_table_says() -> None:
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8").split("## Machine constants")[1]
+    rows = re.findall(r"^\| (.*?) \| `(selfevo/[\w/]+\.py)` \|", text, re.MULTILINE)
+    assert len(rows) >= 15
+    for names, file in rows:
+        code = (ROOT / file).read_text(encoding="utf-8")
+        for name in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^(?:def |[\w, ]*)\b{name}\b", code, re.MULTILINE), f"{file} has no {name}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=PAGE_IDS)
 def test_the_imports_of_python_blocks_run(page: Path) -> None:
     lines = "\n".join(blocks(page, "python")).splitlines()
