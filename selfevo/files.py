@@ -18,10 +18,12 @@ from typing import Any
 __all__ = [
     "FileError",
     "StrPath",
+    "append_jsonl",
     "read_json",
     "read_jsonl",
     "read_records",
     "replace_file",
+    "resume_jsonl",
     "write_json",
     "write_jsonl",
     "write_text",
@@ -94,6 +96,36 @@ def read_jsonl(path: StrPath) -> list[Any]:
     return [value for _, value in _json_lines(path, _read_text(path))]
 
 
+def append_jsonl(path: StrPath, record: Any) -> None:
+    """Adds one JSON value as a line at the end of a file, which is created with its parents where there is none.
+
+    NaN and infinities are written as Python reads them. Raises ``FileError`` where the file cannot be written.
+    """
+    line = json.dumps(record) + "\n"
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("a", encoding="utf-8", newline="\n") as file:
+            file.write(line)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror}); choose or free another place") from error
+
+
+def resume_jsonl(path: StrPath) -> list[Any]:
+    """The values that ``append_jsonl`` has written to a file, none if there is no such file.
+
+    A kill may have cut the last line short: it is removed from the file, so that appending can go on. Raises
+    ``FileError`` for a complete line that is not JSON, and then leaves the file as it is.
+    """
+    if not Path(path).is_file():
+        return []
+    data = Path(path).read_bytes()
+    end = data.rfind(b"\n") + 1
+    values = [value for _, value in _json_lines(path, _decode(path, data[:end]))]
+    os.truncate(path, end)
+    return values
+
+
 def read_records(path: StrPath) -> list[tuple[str, Any]]:
     """The records of a JSON list or of JSON lines (told apart by content, not by the file's name), at least one.
 
@@ -144,6 +176,10 @@ def _read_text(path: StrPath) -> str:
         raise FileError(f"{path}: is a folder; give the file inside it") from error
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    return _decode(path, data)
+
+
+def _decode(path: StrPath, data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

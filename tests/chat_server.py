@@ -10,7 +10,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
 
 from selfevo.dialogue import Example, Turn
@@ -63,7 +62,7 @@ class Server:
         return f"http://127.0.0.1:{self.http.server_address[1]}/v1"
 
     def endpoint(self, cache: Path, **changes: Any) -> Endpoint:
-        settings = {"url": self.url, "model": "judge-1", "pause": 0.01, "timeout": 0.5, **changes}
+        settings = {"url": self.url, "model": "judge-1", "timeout": 0.5, **changes}
         return Endpoint(EndpointSettings(**settings), cache)
 
 
@@ -71,7 +70,6 @@ class Server:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     for name in ("SELFEVO_API_KEY", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     made = Server()
     yield made
     made.release.set()

@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from selfevo.files import (
     FileError,
+    append_jsonl,
     read_json,
     read_jsonl,
     read_records,
     replace_file,
+    resume_jsonl,
     write_json,
     write_jsonl,
     write_text,
@@ -206,3 +208,25 @@ def test_a_file_without_a_list_of_records_is_refused(tmp_path: Path, content: st
     path.write_text(content)
     with pytest.raises(FileError, match=message):
         read_records(path)
+
+
+def test_appended_lines_survive_a_kill_at_any_byte(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "log.jsonl"
+    assert resume_jsonl(path) == []
+    append_jsonl(path, {"a": "one"})
+    append_jsonl(path, {"b": "zwei — ü\u2028"})
+    whole = path.read_bytes()
+    assert resume_jsonl(path) == [{"a": "one"}, {"b": "zwei — ü\u2028"}]
+    for cut in range(whole.index(b"\n") + 1, len(whole)):
+        path.write_bytes(whole[:cut])
+        assert resume_jsonl(path) == [{"a": "one"}]
+        append_jsonl(path, {"b": "again"})
+        assert read_jsonl(path) == [{"a": "one"}, {"b": "again"}]
+
+
+def test_a_file_of_another_kind_is_not_cut(tmp_path: Path) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text("my notes\nmore")
+    with pytest.raises(FileError, match=r"notes\.txt, line 1: is not JSON"):
+        resume_jsonl(path)
+    assert path.read_text() == "my notes\nmore"

@@ -6,8 +6,6 @@ for a draw that lies within rounding of a boundary; in bfloat16 rounding is coar
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any, TypeVar
 
 from selfevo.datasets.encoding import fit_prompt
 from selfevo.dialogue import Messages
-from selfevo.files import read_jsonl, write_jsonl
+from selfevo.files import append_jsonl, read_jsonl, resume_jsonl, write_jsonl
 from selfevo.generate.decoder import SLOTS, generate
 from selfevo.generate.sampling import Sampling
 from selfevo.models.tokenizer import ChatTokenizer
@@ -75,22 +73,35 @@ def sample_replies(
     they came.
     """
     if not path.is_file():
-        with _Unfinished(path, len(prompts)) as finished:
-            _sample_missing(
-                model, tokenizer, prompts, finished, sampling, max_new_tokens, keep_last, stop_when, slots, label
-            )
-            write_jsonl(path, [{"index": index, **vars(finished.replies[index])} for index in range(len(prompts))])
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        found = {record["index"]: _as_reply(record) for record in resume_jsonl(unfinished)}
+        if any(index >= len(prompts) for index in found):
+            raise ValueError(f"{unfinished}: holds other replies than the {len(prompts)} wanted; it is of another run")
+
+        def keep(index: int, reply: Reply) -> None:
+            found[index] = reply
+            append_jsonl(unfinished, _as_record(index, reply))
+
+        missing = {index: prompt for index, prompt in enumerate(prompts) if index not in found}
+        _sample(
+            model, tokenizer, missing, keep,
+            sampling=sampling, max_new_tokens=max_new_tokens, keep_last=keep_last, stop_when=stop_when, slots=slots,
+            label=label,
+        )  # fmt: skip
+        write_jsonl(path, [_as_record(index, found[index]) for index in range(len(prompts))])
+        unfinished.unlink(missing_ok=True)
     records = read_jsonl(path)
     if len(records) != len(prompts):
         raise ValueError(f"{path}: holds {len(records)} replies where {len(prompts)} are wanted; it is of another run")
     return [_as_reply(record) for record in records]
 
 
-def _sample_missing(
+def _sample(
     model: Transformer,
     tokenizer: ChatTokenizer,
-    prompts: Sequence[Messages],
-    finished: _Unfinished,
+    prompts: Mapping[int, Messages],
+    keep: Callable[[int, Reply], None],
+    *,
     sampling: Sampling,
     max_new_tokens: int,
     keep_last: int,
@@ -98,60 +109,31 @@ def _sample_missing(
     slots: int,
     label: str,
 ) -> None:
+    """Samples a reply to each prompt, whose index is the key of its draws, and gives it to ``keep``."""
     max_new_tokens = min(max_new_tokens, model.config.max_positions // 4)  # a short window is mostly for the context
-    room = model.config.max_positions - max_new_tokens
-    missing = [index for index in range(len(prompts)) if index not in finished.replies]
-    fitted = {index: fit_prompt(tokenizer, prompts[index], room, keep_last=keep_last) for index in missing}
-    asked = {index: prompt.ids for index, prompt in fitted.items() if prompt.ids is not None}
-    for index in missing:
-        if index not in asked:
-            finished.keep(index, Reply(None, turns_dropped=fitted[index].turns_dropped))
-    indices = list(asked)
+    longest = model.config.max_positions - max_new_tokens
+    fitted = {index: fit_prompt(tokenizer, prompt, longest, keep_last=keep_last) for index, prompt in prompts.items()}
+    ids = {index: prompt.ids for index, prompt in fitted.items() if prompt.ids is not None}
+    for index in fitted.keys() - ids.keys():
+        keep(index, Reply(None, turns_dropped=fitted[index].turns_dropped))
+    indices = list(ids)
 
-    def stop(ids: list[int]) -> bool:
-        return stop_when is not None and "}" in tokenizer.decode(ids[-1:]) and stop_when(tokenizer.decode(ids))
+    def stop(reply: list[int]) -> bool:
+        return stop_when is not None and "}" in tokenizer.decode(reply[-1:]) and stop_when(tokenizer.decode(reply))
 
-    def keep(place: int, ids: list[int]) -> None:
-        index, cut = indices[place], len(ids) == max_new_tokens and not stop(ids)
-        finished.keep(index, Reply(tokenizer.decode(ids).strip(), len(ids), cut, fitted[index].turns_dropped))
+    def finish(place: int, reply: list[int]) -> None:
+        index, cut = indices[place], len(reply) == max_new_tokens and not stop(reply)
+        keep(index, Reply(tokenizer.decode(reply).strip(), len(reply), cut, fitted[index].turns_dropped))
 
     generate(
-        model, list(asked.values()), max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, keys=indices,
-        batch_size=slots, stop_when=None if stop_when is None else stop, on_reply=keep, progress=label,
+        model, list(ids.values()), max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, keys=indices,
+        batch_size=slots, stop_when=None if stop_when is None else stop, on_reply=finish, progress=label,
         **vars(sampling),
     )  # fmt: skip
 
 
-class _Unfinished:
-    """The replies of a rollout on its way to ``path``: each is a line of ``PATH.unfinished`` as soon as it is there.
-
-    On entering, those of a rollout that was killed are read back; on leaving without an error the file goes.
-    """
-
-    def __init__(self, path: Path, total: int) -> None:
-        self.path, self.total = path.with_name(f"{path.name}.unfinished"), total
-        self.replies: dict[int, Reply] = {}
-
-    def __enter__(self) -> _Unfinished:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file():
-            data = self.path.read_bytes()
-            os.truncate(self.path, data.rfind(b"\n") + 1)  # a kill may have torn the last line
-            self.replies = {record["index"]: _as_reply(record) for record in read_jsonl(self.path)}
-        if any(index >= self.total for index in self.replies):
-            raise ValueError(f"{self.path}: holds other replies than the {self.total} wanted; it is of another run")
-        self.file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def keep(self, index: int, reply: Reply) -> None:
-        self.replies[index] = reply
-        self.file.write(json.dumps({"index": index, **vars(reply)}) + "\n")
-        self.file.flush()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.file.close()
-        if kind is None:
-            self.path.unlink()
+def _as_record(index: int, reply: Reply) -> dict[str, Any]:
+    return {"index": index, **vars(reply)}
 
 
 def _as_reply(record: Mapping[str, Any]) -> Reply:

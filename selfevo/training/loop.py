@@ -6,7 +6,6 @@ whole, so a killed run resumes to the same adapter.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from selfevo.files import replace_file, write_jsonl
+from selfevo.files import append_jsonl, replace_file, write_jsonl
 from selfevo.lora import lora_parameters, save_adapter
 from selfevo.models.transformer import Transformer
 from selfevo.training.objectives import Objective
@@ -72,7 +71,8 @@ def train(
             if held_out is not None and (progress.step % evaluate_every == 0 or progress.step == total):
                 record["held_out"] = evaluate_held_out(model, held_out, settings)
                 _remember_best(progress, record["held_out"]["loss"], parameters, settings.patience)
-            _log(folder, progress, record)
+            progress.metrics.append(record)
+            append_jsonl(folder / "metrics.jsonl", record)
             if "held_out" in record or progress.step % settings.checkpoint_every == 0:
                 _save_checkpoint(folder, progress, parameters, optimiser)
             bar.update()
@@ -91,12 +91,6 @@ def _remember_best(progress: Progress, loss: float, parameters: Sequence[Tensor]
     else:
         progress.bad_evaluations += 1
         progress.stopped = progress.bad_evaluations >= patience
-
-
-def _log(folder: Path, progress: Progress, record: dict[str, Any]) -> None:
-    progress.metrics.append(record)
-    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
 
 
 @torch.no_grad()

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub.constants
 import pytest
-from chat_server import Behaviour, Server, completion, cut_off, example, hang_up, raw, says
+from chat_server import Server, completion, cut_off, example, hang_up, raw, says
 
 from selfevo.evaluation.ask_json import Answer, UnusableAnswerError, ask_json, json_object
-from selfevo.evaluation.endpoint import AnswerCache, Endpoint, EndpointError, EndpointSettings
+from selfevo.evaluation.endpoint import Endpoint, EndpointError, EndpointSettings
 from selfevo.evaluation.judge import (
     ASPECTS,
     Aspect,
@@ -59,27 +59,38 @@ def test_requests_run_side_by_side_up_to_the_limit(server: Server, tmp_path: Pat
     assert server.most_running == 4
 
 
-@pytest.mark.parametrize(
-    ("failure", "reason"),
-    [
-        (raw(b"oops", 500), "http_500"),
-        (raw(b"{}", 503), "http_503"),
-        (raw(b"slow down", 429, {"Retry-After": "0.02"}), "http_429"),
-        (raw(b"slow down", 429, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}), "http_429"),
-        (cut_off, "connection"),
-        (hang_up, "connection"),
-        (raw(b"<html>busy</html>"), "not_json"),
-        (raw(b'{"choices": []}'), "malformed"),
-        (raw(b'{"error": "no"}'), "malformed"),
-        (raw(b"[]"), "malformed"),
-        (says(None), "malformed"),
-        (lambda handler: handler.server.selfevo_release.wait(5), "timeout"),
-    ],
-    ids=["500", "503", "429", "429-date", "cut-off", "hang-up", "html", "no-choices", "error", "list", "none", "slow"],
-)
-def test_what_may_pass_is_tried_again_and_told_when_it_does_not(
-    server: Server, tmp_path: Path, failure: Behaviour, reason: str
+TRANSIENT = {
+    "500": (raw(b"oops", 500), "http_500"),
+    "503": (raw(b"{}", 503), "http_503"),
+    "429": (raw(b"slow down", 429, {"Retry-After": "0.02"}), "http_429"),
+    "429-date": (raw(b"slow down", 429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), "http_429"),
+    "cut-off": (cut_off, "connection"),
+    "hang-up": (hang_up, "connection"),
+    "slow": (lambda handler: handler.server.selfevo_release.wait(5), "timeout"),
+}
+BROKEN = {
+    "html": (raw(b"<html>busy</html>"), "not_json"),
+    "html-typed": (raw(b"<html>busy</html>", 200, {"Content-Type": "text/html"}), "malformed"),
+    "no-choices": (raw(b'{"choices": []}'), "malformed"),
+    "error": (raw(b'{"error": "no"}'), "malformed"),
+    "list": (raw(b"[]"), "malformed"),
+    "none": (says(None), "malformed"),
+}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The pauses between tries, which are not made."""
+    waited: list[float] = []
+    monkeypatch.setattr("openai._base_client.time.sleep", waited.append)
+    return waited
+
+
+@pytest.mark.parametrize("name", TRANSIENT)
+def test_what_may_pass_is_tried_again_and_reported_when_it_does_not(
+    server: Server, tmp_path: Path, quick: list[float], name: str
 ) -> None:
+    failure, reason = TRANSIENT[name]
     server.http.selfevo_release = server.release  # type: ignore[attr-defined]
     server.script = [failure, says("at last")]
     assert server.endpoint(tmp_path / "a.jsonl").answer([QUESTION]) == [Answer("at last")]
@@ -89,26 +100,27 @@ def test_what_may_pass_is_tried_again_and_told_when_it_does_not(
     endpoint = server.endpoint(tmp_path / "b.jsonl", tries=2)
     assert endpoint.answer([QUESTION]) == [Answer(None, reason)]
     assert len(server.requests) == 4
-    assert not (tmp_path / "b.jsonl").exists()  # a failure is never remembered
+    assert not (tmp_path / "b.jsonl").exists()  # a failure is never kept
 
 
-def test_a_long_retry_after_is_waited_for(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float] = []
-    endpoint = server.endpoint(tmp_path / "c.jsonl")
-    monkeypatch.setattr(endpoint._stopping, "wait", lambda seconds: waited.append(seconds))
-    server.script = [raw(b"", 429, {"Retry-After": "7"}), raw(b"", 429, {"Retry-After": "9999"}), says("ok")]
-    assert endpoint.answer([QUESTION]) == [Answer("ok")]
-    assert waited == [7.0, 60.0]
+@pytest.mark.parametrize("name", BROKEN)
+def test_an_answer_of_another_form_is_a_failure(server: Server, tmp_path: Path, name: str) -> None:
+    failure, reason = BROKEN[name]
+    server.script = [failure, says("{}")]
+    endpoint = server.endpoint(tmp_path / "a.jsonl")
+    assert endpoint.answer([QUESTION]) == [Answer(None, reason)]
+    assert not (tmp_path / "a.jsonl").exists()
+    counts: Counter[str] = Counter()
+    server.met.clear()
+    assert ask_json(endpoint, [QUESTION], dict, counts) == [{}]  # which asks again
+    assert counts == {reason: 1, "answered": 1, "given_up": 0}
 
 
-def test_pauses_double(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waited: list[float] = []
-    endpoint = server.endpoint(tmp_path / "c.jsonl", pause=1.0, tries=5)
-    monkeypatch.setattr(endpoint._stopping, "wait", lambda seconds: waited.append(seconds))
-    server.script = [raw(b"", 500)]
-    endpoint.answer([QUESTION])
-    assert all(0.5 * 2**i <= seconds <= 1.5 * 2**i for i, seconds in enumerate(waited))
-    assert len(waited) == 4
+def test_a_retry_after_is_waited_for_and_pauses_grow(server: Server, tmp_path: Path, quick: list[float]) -> None:
+    server.script = [raw(b"", 429, {"Retry-After": "7"}), raw(b"", 500), raw(b"", 500), says("ok")]
+    assert server.endpoint(tmp_path / "c.jsonl").answer([QUESTION]) == [Answer("ok")]
+    assert quick[0] == 7.0
+    assert 0 < quick[1] < quick[2] < 10
 
 
 def test_a_request_that_is_itself_wrong_is_not_repeated(server: Server, tmp_path: Path) -> None:
@@ -125,17 +137,16 @@ def test_a_refused_key_model_or_address_ends_it_at_once(server: Server, tmp_path
     assert len(server.requests) <= 2
 
 
-def test_a_server_that_is_not_there_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    settings = EndpointSettings("http://127.0.0.1:9/v1", "m", concurrency=2, tries=2, pause=0.0, timeout=0.5)
-    with pytest.raises(EndpointError, match="is the server running"):
+def test_a_server_that_is_not_there_is_given_up(tmp_path: Path, quick: list[float]) -> None:
+    settings = EndpointSettings("http://127.0.0.1:9/v1", "m", concurrency=2, tries=2, timeout=0.5)
+    with pytest.raises(EndpointError, match=r"no answer to the first 4 requests.*is the server running"):
         Endpoint(settings, tmp_path / "c.jsonl").answer([[{"role": "user", "content": str(i)}] for i in range(50)])
 
 
-def test_offline_mode_is_named_as_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(EndpointError, match="HF_HUB_OFFLINE"):
-        Endpoint(EndpointSettings("http://127.0.0.1:9/v1", "m"), tmp_path / "c.jsonl").answer([QUESTION])
+def test_a_missing_client_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(EndpointError, match=r"pip install 'selfevo\[judge\]'"):
+        Endpoint(EndpointSettings("http://127.0.0.1:9/v1", "m"), tmp_path / "c.jsonl")
 
 
 def test_the_key_of_the_environment_is_sent(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,23 +180,19 @@ def test_answers_before_a_failure_are_kept(server: Server, tmp_path: Path) -> No
     assert server.endpoint(tmp_path / "c.jsonl").answer([QUESTION]) == [Answer("kept")]
 
 
-def test_a_torn_last_line_is_forgotten_and_another_file_is_refused(tmp_path: Path) -> None:
+def test_a_torn_last_line_is_asked_again_and_another_file_is_refused(server: Server, tmp_path: Path) -> None:
+    server.script = [says("one — ü")]
     path = tmp_path / "c.jsonl"
-    AnswerCache(path).put("a", Answer("one"))
-    AnswerCache(path).put("b", Answer("two — ü"))
-    whole = path.read_bytes()
-    for torn in range(1, len(whole) - whole.index(b"\n") - 1):
-        path.write_bytes(whole[:-torn])
-        cache = AnswerCache(path)
-        assert (cache.get("a"), cache.get("b")) == (Answer("one"), None)
-        cache.put("b", Answer("again"))
-        assert AnswerCache(path).get("b") == Answer("again")
-        assert len(read_jsonl(path)) == 2
-    foreign = tmp_path / "notes.txt"
-    foreign.write_text("my notes\nmore")
-    with pytest.raises(FileError, match=r"notes\.txt, line 1: is no cached answer"):
-        AnswerCache(foreign)
-    assert foreign.read_text() == "my notes\nmore"
+    server.endpoint(path).answer([QUESTION])
+    path.write_bytes(path.read_bytes()[:-3])
+    server.script = [says("again")]
+    server.met.clear()
+    assert server.endpoint(path).answer([QUESTION]) == [Answer("again")]
+    assert [record["text"] for record in read_jsonl(path)] == ["again"]
+    foreign = tmp_path / "notes.jsonl"
+    foreign.write_text('{"note": 1}\n{"no')
+    with pytest.raises(FileError, match=r"notes\.jsonl: holds no answers of an endpoint"):
+        server.endpoint(foreign)
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
