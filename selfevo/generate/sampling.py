@@ -111,20 +111,12 @@ def topk_by_groups(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
     Top-k in two passes: maxima of groups of 16 scores, top-k of the maxima (found the same way), top-k inside the
     winning groups. A maximum costs far less than a search, and the other groups are not searched.
-
-    A CPU compares integers five times as fast as bfloat16, and the bits of positive numbers, read as integers, are in
-    the order of these numbers. Of a group without a positive number that finds some negative one, which will do unless
-    there are too few positive maxima.
     """
     count = len(scores) // _GROUP
     if count < 4 * width:
         return widen(scores.t().contiguous()).topk(width)
     groups = scores[: count * _GROUP].view(_GROUP, count, -1)
-    by_bits = groups.dtype == torch.bfloat16 and groups.device.type == "cpu"
-    first = groups.view(torch.int16).amax(0).view(groups.dtype) if by_bits else groups.amax(0)
-    maxima, winners = topk_by_groups(first, width)
-    if by_bits and bool((maxima[:, -1] < 0).any()):
-        _, winners = topk_by_groups(groups.amax(0), width)
+    _, winners = topk_by_groups(groups.amax(0), width)
     offsets = count * torch.arange(_GROUP, device=scores.device)
     rest = torch.arange(count * _GROUP, len(scores), device=scores.device).expand(len(winners), -1)
     places = torch.cat(((winners[:, None] + offsets[:, None]).flatten(1), rest), dim=1)

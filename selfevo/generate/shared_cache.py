@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from selfevo.generate.cache import Prefill, Prefix, Prompt, Slots
-from selfevo.kernels.private_ops import attention_and_logsumexp, has_matrix_units
+from selfevo.kernels.private_ops import attention_and_logsumexp
 from selfevo.models.transformer import Transformer
 from selfevo.trie.trie import Ids
 
@@ -34,11 +34,10 @@ class RowGroups:
 
 
 class SharedPrefixCache(Slots):
-    """Rows keep the keys of their own replies alone. In float32, unless the CPU has matrix units for bfloat16."""
+    """Rows keep the keys of their own replies alone, in float32 or wider."""
 
     def __init__(self, model: Transformer, slots: int, new: int) -> None:
-        narrow = model.dtype == torch.bfloat16 and has_matrix_units()
-        super().__init__(model, slots, new, model.dtype if narrow else torch.promote_types(model.dtype, torch.float32))
+        super().__init__(model, slots, new, torch.promote_types(model.dtype, torch.float32))
         self._queries_per_key = model.config.num_heads // model.config.num_kv_heads
         self._entered: list[Prompt | None] = [None] * slots
         self._starts = torch.zeros(slots, dtype=torch.int64)  # the lengths of the prompts

@@ -68,51 +68,15 @@ class _AdaptedLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias, None, None, grad_a, grad_b
 
 
-_WIDENED = 64  # rows; so few are widened faster than a float32 factor is split
-
-
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of a large 16-bit and a small float32 matrix, in either order, in the dtype of the small one.
-
-    On a CPU the bfloat16 matrix is not widened, since reading it is what takes time. The small factor is split into two
-    bfloat16 parts; and as a bfloat16 product is rounded when it is written, a second one, which starts from the
-    negative of the first, recovers the rounding error. 16 bits of the result are right, rather than 8.
-    """
-    if left.dtype == right.dtype:
-        return left @ right
-    # of the small factor, and the dimension along which its parts are put side by side
-    side = int(right.dtype == torch.promote_types(left.dtype, right.dtype))
-    large, small = (left, right) if side else (right, left)
-    if not _is_narrow(large) or min(large.shape) < _WIDENED:
-        return left.to(small.dtype) @ right.to(small.dtype)
-    parts = torch.cat(_split(small), dim=side)
-    factors = (large, parts) if side else (parts, large)
-    rounded = torch.mm(*factors)
-    whole = torch.addmm(rounded, *factors, beta=-1) + rounded.to(small.dtype)
-    high, low = whole.chunk(2, dim=side)
-    return high + low
+    """``left @ right``, in float32 where one of them is float32 and the other of 16 bits."""
+    wide = torch.promote_types(left.dtype, right.dtype)
+    return left.to(wide) @ right.to(wide)
 
 
 def add_product(target: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``target`` (N, O), overwritten, + ``left`` (N, r) ``right`` (r, O): the sum is rounded to its dtype once.
-
-    On a CPU a bfloat16 target is not widened: left and right are split, and their product is summed in float32.
-    """
+    """``target`` (N, O) + ``left`` (N, r) ``right`` (r, O), rounded once to the dtype of target, which it may
+    overwrite."""
     if target.dtype == left.dtype:
         return target.addmm_(left, right)
-    if not _is_narrow(target) or min(target.shape) < _WIDENED:
-        return torch.addmm(target.to(left.dtype), left, right).to(target.dtype)
-    (left_high, left_low), (right_high, right_low) = _split(left), _split(right)
-    return target.addmm_(
-        torch.cat((left_high, left_low, left_high), dim=1), torch.cat((right_high, right_high, right_low))
-    )
-
-
-def _is_narrow(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
-
-
-def _split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Two bfloat16 tensors whose sum is x to 16 bits."""
-    high = x.bfloat16()
-    return high, (x - high).bfloat16()
+    return torch.addmm(target.to(left.dtype), left, right).to(target.dtype)

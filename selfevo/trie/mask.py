@@ -7,7 +7,7 @@ first, the row falls into a few chains, each of which attends to itself and to a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 
@@ -47,7 +47,6 @@ class TreeMask:
 
     trie: TokenTrie
     device: torch.device
-    _cuts: dict[int, list[Tile]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def dense(self) -> Tensor:
@@ -68,22 +67,6 @@ class TreeMask:
         place = {edge: number for number, edge in enumerate(edges)}
         seen = [[n for part in tile.seen for n in range(place[part.start], place[part.stop])] for tile in self.tiles]
         return [stop - start for start, stop in pairwise(edges)], seen
-
-    def cut(self, rows: int) -> list[Tile]:
-        """The tiles, of which long chains are cut so that none has more ``rows``; a forest stays whole."""
-        if rows not in self._cuts:
-            self._cuts[rows] = [part for tile in self.tiles for part in self._cut_chain(tile, rows)]
-        return self._cuts[rows]
-
-    def _cut_chain(self, tile: Tile, rows: int) -> Iterator[Tile]:
-        start, stop = tile.rows.start, tile.rows.stop
-        if stop - start <= max(rows, DENSE_FOREST):
-            yield tile
-            return
-        before = _without_end(tile.seen, start)
-        for first in range(start, stop, rows):
-            own = slice(first, min(first + rows, stop))
-            yield Tile(own, _joined((*before, slice(start, own.stop))), _later(own.stop - first, self.device))
 
     def _tiles(self, start: int, stop: int, before: tuple[slice, ...]) -> Iterator[Tile]:
         """Those of the subtrees laid out in start..stop, which all hang below the same nodes ``before`` them."""
@@ -123,9 +106,3 @@ def _joined(parts: tuple[slice, ...]) -> tuple[slice, ...]:
             part = slice(joined.pop().start, part.stop)
         joined.append(part)
     return tuple(joined)
-
-
-def _without_end(parts: tuple[slice, ...], start: int) -> tuple[slice, ...]:
-    """Slices up to a place within the last of them, or at its beginning."""
-    *earlier, last = parts
-    return (*earlier, slice(last.start, start)) if last.start < start else tuple(earlier)

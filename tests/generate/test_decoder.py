@@ -25,7 +25,6 @@ from selfevo.generate.adapters import decoding_layers
 from selfevo.generate.cache import Prefix, SlotCache
 from selfevo.generate.sampling import draw, logits_to_probs, remember, topk_by_groups, uniform_noise
 from selfevo.generate.shared_cache import RowGroups, attend_shared, attention_bias, similar_runs
-from selfevo.kernels import linear as products
 from selfevo.lora import LoRALinear, disable_adapters, freeze_adapter, inject_lora, lora_parameters, remove_adapters
 from selfevo.models import Transformer, load_model, save_pretrained
 from selfevo.models.attention import fused_attention
@@ -288,11 +287,8 @@ def test_attention_in_two_parts_is_attention_over_all_keys(
         place += size
 
 
-@pytest.mark.parametrize("units", [False, True])
-def test_bfloat16_rollouts_work_with_and_without_matrix_units(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beside keys of float32 and of bfloat16: hidden states near those of float64 weights with the same numbers."""
-    for room in (shared_cache, products):
-        monkeypatch.setattr(room, "has_matrix_units", lambda: units)
+def test_bfloat16_rollouts_are_near_those_of_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states near those of float64 weights with the same numbers."""
     model = tiny_model().bfloat16()
     exact = copy.deepcopy(model).double()
     checked = 0

@@ -1,4 +1,4 @@
-"""Products in a processor's favourite forms are the plain ones, to the rounding of their dtype."""
+"""Matrix products in every layout are the plain ones, to the rounding of their dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from selfevo.kernels import linear as room
 from selfevo.kernels.head import allocate_logits, head_logits
 from selfevo.kernels.linear import Linear, linear
 from selfevo.kernels.lowrank import add_product, product
@@ -20,13 +19,6 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> to
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-@pytest.fixture
-def units(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a CPU with bfloat16 matrix units."""
-    monkeypatch.setattr(room, "has_matrix_units", lambda: True)
-
-
-@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("size", "width"), [(50, 24), (100, 24), (24, 50), (24, 24)])
 @pytest.mark.parametrize("biased", [False, True])
@@ -49,7 +41,6 @@ def test_any_number_of_rows_is_multiplied_like_any_other(
             torch.testing.assert_close(turned.double(), exact, **close)
 
 
-@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("wanted", [0, 1, 2])
 @pytest.mark.parametrize("rows", [1, 3, 50])
 def test_a_gradient_is_there_when_it_is_wanted(rows: int, wanted: int) -> None:
@@ -67,7 +58,6 @@ def test_layers_keep_their_kind_when_adapters_come_and_go() -> None:
     assert [type(layer) for layer in model] == [nn.Linear, Linear]
 
 
-@pytest.mark.usefixtures("units")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_has_a_column_of_logits_for_each_row(dtype: torch.dtype) -> None:
     hidden, weight = torch.randn(70, 5, dtype=dtype), torch.randn(23, 5, dtype=dtype)
@@ -84,9 +74,7 @@ def test_the_head_has_a_column_of_logits_for_each_row(dtype: torch.dtype) -> Non
 @given(
     rows=st.integers(64, 150), size=st.integers(64, 150), rank=st.integers(1, 9), exponent=st.integers(-20, 20),
 )  # fmt: skip
-def test_products_of_bfloat16_with_float32_factors_keep_sixteen_bits(
-    rows: int, size: int, rank: int, exponent: int
-) -> None:
+def test_products_of_bfloat16_with_float32_factors_are_float32(rows: int, size: int, rank: int, exponent: int) -> None:
     wide = normal(rows, size, dtype=torch.bfloat16)
     narrow = normal(size, rank, seed=1, dtype=torch.float32) * 2.0**exponent
     other = normal(rank, rows, seed=2, dtype=torch.float32) * 2.0**exponent
@@ -95,11 +83,11 @@ def test_products_of_bfloat16_with_float32_factors_keep_sixteen_bits(
         terms = first.double().abs() @ second.double().abs()  # what the rounding of the sums goes by
         found = product(first, second)
         assert found.dtype == torch.float32
-        assert ((found - exact).abs() <= 2**-14 * exact.abs() + 2**-15 * terms).all()
+        assert ((found - exact).abs() <= 1e-5 * terms).all()
     left, target = normal(rows, rank, seed=3, dtype=torch.float32), normal(rows, size, seed=4, dtype=torch.bfloat16)
     right = normal(rank, size, seed=5, dtype=torch.float32)
     exact = target.double() + left.double() @ right.double()
     terms = left.double().abs() @ right.double().abs()
     found = add_product(target.clone(), left, right)
     assert found.dtype == torch.bfloat16
-    assert ((found.double() - exact).abs() <= 0.51 * 2**-7 * exact.abs() + 2**-14 * terms).all()
+    assert ((found.double() - exact).abs() <= 0.51 * 2**-7 * exact.abs() + 1e-5 * terms).all()

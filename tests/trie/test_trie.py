@@ -14,7 +14,6 @@ from selfevo.lora import inject_lora, lora_parameters
 from selfevo.models import Transformer
 from selfevo.scoring import response_logps
 from selfevo.trie import TokenTrie, build_trie, pack
-from selfevo.trie import attention as tree_attention
 from selfevo.trie import mask as mask_room
 from selfevo.trie.mask import Tile, TreeMask
 from selfevo.trie.trie import as_ids
@@ -88,17 +87,6 @@ def test_tiles_allow_what_the_dense_mask_allows_and_little_more(sequences: list[
     for tile in tiles:
         count = tile.rows.stop - tile.rows.start
         assert count <= forest or not tile.blocked.tril().any()  # a chain wastes nothing
-
-
-@given(
-    sequences=st.lists(ids, min_size=1, max_size=12), forest=st.sampled_from([1, 2, 5]), rows=st.sampled_from([1, 2, 3])
-)
-def test_cut_tiles_allow_what_the_dense_mask_allows(sequences: list[list[int]], forest: int, rows: int) -> None:
-    trie = build_trie(sequences)
-    with mock.patch.object(mask_room, "DENSE_FOREST", forest):
-        tiles = tree_mask(trie).cut(rows)
-    assert_tiles_are_the_dense_mask(trie, tiles)
-    assert all(tile.rows.stop - tile.rows.start <= max(rows, forest) for tile in tiles)
 
 
 @given(sequences=st.lists(ids, min_size=1, max_size=12))
@@ -188,7 +176,6 @@ def test_values_and_gradients_equal_one_sequence_at_a_time(
 ) -> None:
     if tiled:
         monkeypatch.setattr(mask_room, "DENSE_FOREST", 4)
-        monkeypatch.setattr(tree_attention, "_ROW_BYTES", 12)  # three rows a tile
     model, examples = adapted(**FAMILIES[family]), dialogue_examples()
     weights = torch.linspace(-1, 1, len(examples), dtype=torch.float64)
     sums, lengths = response_logps(model, examples, max_tokens=max_tokens)
