@@ -1,7 +1,7 @@
 """Draws the picture of README.md from what ``make run`` prints.
 
     make run | tee /dev/stderr | python docs/make_picture.py docs/run.svg
-    python examples/embedded/show.py RUN | python docs/make_picture.py docs/run.svg
+    python -m examples.embedded.show RUN | python docs/make_picture.py docs/run.svg
 
 The bars are the share of a user's facts that replies take up; the replies are those to the last of the sample users.
 """

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import iterate
+from embedded import show
 
 from selfevo.dialogue import to_messages
 from selfevo.evaluation.folder import read_examples
@@ -37,9 +38,6 @@ from selfevo.evolve.run import check_run
 from selfevo.files import read_json, read_jsonl, write_text
 from selfevo.lora import load_adapter, remove_adapters
 from selfevo.settings import change
-
-sys.path.insert(0, str(iterate.HERE))
-import show
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "seeds": {"SR": {}},

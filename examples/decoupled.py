@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import iterate
+from embedded import strategies
 
 from selfevo.decoupled import DecoupledConfig, decouple
 from selfevo.decoupled.evaluate import table_of
@@ -41,9 +42,6 @@ from selfevo.generate import Sampling
 from selfevo.seeds import derive_seed
 from selfevo.settings import compose, leaves
 from selfevo.training import keep_freed_memory
-
-sys.path.insert(0, str(iterate.HERE))
-import strategies
 
 EMBEDDED: dict[str, Any] = {
     "backbone": str(iterate.HERE / "backbone"),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from embedded import show
 
 from selfevo.evaluation.report import write_report
 from selfevo.evolve import EvolveConfig, evolve
@@ -118,9 +119,6 @@ def main() -> int:
     print()
     print((run / "eval" / "table.md").read_text(encoding="utf-8"))
     if is_embedded(config):
-        sys.path.insert(0, str(HERE))
-        import show
-
         print(show.describe(run), end="\n\n")
     print(f"adapters, pairs, replies and scores: {run}\ntables, figures and samples to look at: {report}")
     return 0

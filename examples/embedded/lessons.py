@@ -11,13 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from random import Random
 
-import words as w
-import world
-from world import KINDS, OPENERS, Dialogue
-
 from selfevo.datasets.prompts import REPLY_STYLES, reply_prompt
 from selfevo.evolve.reflection import reflection_prompt
 from selfevo.models import ChatTokenizer
+
+from . import words as w
+from . import world
+from .world import KINDS, OPENERS, Dialogue
 
 Messages = list[dict[str, str]]
 Example = tuple[Messages, str]  # prompt, answer

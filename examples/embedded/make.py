@@ -1,6 +1,6 @@
 """Makes the embedded default: the dialogues in ``data/`` and the small backbone in ``backbone/``, from scratch.
 
-    python examples/embedded/make.py --out DIR [--steps N] [--seed S] [--data-only]
+    python -m examples.embedded.make --out DIR [--steps N] [--seed S] [--data-only]
 
 ``data/`` and ``backbone/`` are what ``--out examples/embedded`` makes (seed 0, 4,600 steps, 29 minutes on one core;
 torch 2.13, whose version and processor may change the last digits of the weights); two more files of dialogues in
@@ -34,15 +34,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import lessons
 import torch
-import words as w
-import world
 from tqdm import tqdm
-from training import Settings, token_losses, train
-from vocabulary import make_tokenizer
 
 from selfevo.models import ChatTokenizer, Transformer, load_tokenizer, save_pretrained
+
+from . import lessons, world
+from . import words as w
+from .training import Settings, token_losses, train
+from .vocabulary import make_tokenizer
 
 COUNTS = {"human": 200, "synthetic": 440, "test": 80, "replay": 300}
 PERSONAL = {"human": 0.35, "synthetic": 0.6}  # shares of personal replies

@@ -1,6 +1,6 @@
 """How well a backbone does what the loop asks of it, on users that share no two facts with those it was trained on.
 
-    python examples/embedded/measure.py --backbone examples/embedded/backbone --dialogues 40
+    python -m examples.embedded.measure --backbone examples/embedded/backbone --dialogues 40
 
 Columns: greedy; sampled as in the loop, under the prompt with strategies and the plain one; then sampled reflections on
 replies that are given: short general ones, personal ones, and personal ones meant for somebody else.
@@ -14,17 +14,17 @@ from collections import Counter
 from pathlib import Path
 from random import Random
 
-import lessons
 import torch
-import words as w
-import world
-from world import Dialogue
 
 from selfevo.datasets.prompts import reply_prompt
 from selfevo.evolve.refine import LENGTH_RATIO
 from selfevo.evolve.reflection import Reflection, parse_reflection, reflection_prompt
 from selfevo.generate import Sampling, generate
 from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
+
+from . import lessons, world
+from . import words as w
+from .world import Dialogue
 
 HERE = Path(__file__).parent
 GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0)

@@ -1,6 +1,6 @@
 """What a run on the embedded default changed: do the replies use what this user revealed? Plus replies side by side.
 
-    python examples/embedded/show.py RUN
+    python -m examples.embedded.show RUN
 
 The world's vocabulary of facts is closed, so this needs no judge: a reply's facts are looked up among those that the
 user has told so far; a fact that is not among them belongs to somebody else.
@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import world
-
 from selfevo.dialogue import Example, to_messages
 from selfevo.evaluation.folder import read_examples
 from selfevo.files import read_json, read_jsonl
+
+from . import world
 
 SAMPLES = 3
 

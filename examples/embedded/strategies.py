@@ -1,6 +1,6 @@
 """Embedded dialogues whose strategies can be learnt: seekers say what they need, supporters mostly heed it.
 
-    python examples/embedded/strategies.py --out DIR [--seed S]
+    python -m examples.embedded.strategies --out DIR [--seed S]
 
 writes ``strategies.json`` and ``strategies_test.json`` (ESConv's schema) in a second; ``data/`` holds those of seed 0.
 Seekers are those of ``world.py``, who here end most turns with a need; some needs are rarer than others. A need calls
@@ -21,11 +21,11 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import words as w
-import world
-from world import OPENERS, Dialogue, Reply, SeekerTurn
-
 from selfevo.decoupled.mining import Case
+
+from . import words as w
+from . import world
+from .world import OPENERS, Dialogue, Reply, SeekerTurn
 
 COUNTS = {"strategies": 200, "strategies_test": 60}
 SPLITS = {"strategies": "human", "strategies_test": "test"}

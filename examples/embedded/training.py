@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-import lessons
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +19,8 @@ from tqdm import tqdm
 
 from selfevo.models import ChatTokenizer, ModelConfig, Transformer
 from selfevo.trie import TreeContext, build_trie
+
+from . import lessons
 
 HEAD_SIZE = 32
 # Keeps log-sum-exp near 0, so that sure tokens have logits near 0. A repetition penalty multiplies and divides logits,

@@ -10,13 +10,14 @@ import json
 from pathlib import Path
 from random import Random
 
-import lessons
-import words as w
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from selfevo.datasets.prompts import REPLY_STYLES, reply_prompt
 from selfevo.evolve.reflection import reflection_prompt
 from selfevo.models.llama import Llama3Chat
+
+from . import lessons
+from . import words as w
 
 SPECIAL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 _PIECES = r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+(?: [^\sA-Za-z0-9]+)*|\s+"

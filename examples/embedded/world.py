@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-import words as w
+from . import words as w
 
 KINDS = tuple(w.FACTS)
 OPENERS = tuple(w.REVEALS)  # the kinds that are revealed by a phrase of their own; the day comes with the event

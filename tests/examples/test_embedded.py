@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections import Counter
 from itertools import combinations
 from pathlib import Path
@@ -12,21 +11,13 @@ from random import Random
 
 import pytest
 import torch
+from embedded import lessons, make, measure, training, vocabulary, words, world
 
 from selfevo.datasets import load_alpaca, load_esconv, load_extes
 from selfevo.dialogue import clean_dialogue, reply_examples, to_messages
 from selfevo.models import ChatTokenizer, load_model, load_tokenizer
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "embedded"
-sys.path.insert(0, str(FOLDER))
-
-import lessons  # noqa: E402
-import make  # noqa: E402
-import measure  # noqa: E402
-import training  # noqa: E402
-import vocabulary  # noqa: E402
-import words  # noqa: E402
-import world  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 from random import Random
 
 import pytest
+from embedded import strategies, world
 
 from selfevo.datasets import load_esconv
 from selfevo.decoupled.mining import ERRORS, Case, case_of
@@ -16,10 +16,6 @@ from selfevo.decoupled.planner import labelled_turns
 from selfevo.dialogue import ESCONV_STRATEGIES
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "embedded"
-sys.path.insert(0, str(FOLDER))
-
-import strategies  # noqa: E402
-import world  # noqa: E402
 
 
 def test_written_data_is_what_the_script_makes(tmp_path: Path) -> None:
