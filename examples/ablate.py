@@ -35,9 +35,9 @@ from selfevo.evaluation.tables import markdown_table
 from selfevo.evolve import EvolveConfig, evolve, load_backbone
 from selfevo.evolve.evaluate import evaluate_model
 from selfevo.evolve.run import check_run
+from selfevo.evolve.settings import change
 from selfevo.files import read_json, read_jsonl, write_text
 from selfevo.lora import load_adapter, remove_adapters
-from selfevo.settings import change
 
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "seeds": {"SR": {}},

@@ -20,10 +20,10 @@ from selfevo.datasets.prompts import reply_prompt
 from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, RunError, load_backbone, read_settings
 from selfevo.evolve.refine import RefineSettings
 from selfevo.evolve.reflection import parse_reflection, reflection_prompt
+from selfevo.evolve.settings import change
 from selfevo.generate import generate
 from selfevo.lora import load_adapter
 from selfevo.models import ChatTokenizer, Transformer
-from selfevo.settings import change
 
 Messages = list[dict[str, str]]
 

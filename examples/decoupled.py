@@ -29,6 +29,7 @@ from typing import Any
 import iterate
 from embedded import strategies
 
+from selfevo.datasets.seeds import derive_seed
 from selfevo.decoupled import DecoupledConfig, decouple
 from selfevo.decoupled.evaluate import table_of
 from selfevo.decoupled.mining import ErrorFinder, find_errors
@@ -37,10 +38,9 @@ from selfevo.evaluation.endpoint import Endpoint, EndpointSettings
 from selfevo.evaluation.local_responder import LocalResponder
 from selfevo.evolve import load_backbone
 from selfevo.evolve.run import check_run
+from selfevo.evolve.settings import compose, leaves
 from selfevo.files import read_json, write_text
 from selfevo.generate import Sampling
-from selfevo.seeds import derive_seed
-from selfevo.settings import compose, leaves
 from selfevo.training import keep_freed_memory
 
 EMBEDDED: dict[str, Any] = {

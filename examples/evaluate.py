@@ -31,9 +31,9 @@ from selfevo.evaluation.score import compare_models, score_answers
 from selfevo.evaluation.tables import interval_table, significance_table
 from selfevo.evolve import EvolveConfig, RunError, load_backbone
 from selfevo.evolve.evaluate import evaluate_model
+from selfevo.evolve.settings import compose, leaves
 from selfevo.files import read_json, write_text
 from selfevo.lora import load_adapter, remove_adapters
-from selfevo.settings import compose, leaves
 from selfevo.training import keep_freed_memory
 
 PROMPTS = ("plain", "strategies", "reflection")

@@ -17,9 +17,9 @@ from embedded import show
 
 from selfevo.evaluation.report import write_report
 from selfevo.evolve import EvolveConfig, evolve
+from selfevo.evolve.settings import REQUIRED, Leaf, compose, leaves
 from selfevo.models.checkpoint import read_config
 from selfevo.models.hub import locate
-from selfevo.settings import REQUIRED, Leaf, compose, leaves
 from selfevo.training import describe_memory, estimate_memory, keep_freed_memory
 
 HERE = Path(__file__).resolve().parent / "embedded"

@@ -11,8 +11,8 @@ import tokenizers
 from conftest import tiny_model
 
 from selfevo.evolve import EvolveConfig, evolve
+from selfevo.evolve.settings import compose, flatten
 from selfevo.models import load_tokenizer, save_pretrained
-from selfevo.settings import compose, flatten
 
 ITERATE = Path(__file__).resolve().parents[1] / "examples" / "iterate.py"
 MARKERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]

@@ -13,7 +13,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "selfevo"
 # From the ground up. A room may import rooms of lower floors only; within a room imports run in no circle.
 FLOORS = """
-    kernels metrics dialogue files settings seeds
+    kernels metrics dialogue files
     models lora losses
     trie datasets
     generate scoring
@@ -49,10 +49,10 @@ def imported(path: Path) -> set[str]:
     return found - {""}
 
 
-def test_the_top_is_eight_files_and_nine_folders() -> None:
+def test_the_top_is_six_files_and_nine_folders() -> None:
     entries = {path.name.removesuffix(".py") for path in PACKAGE.iterdir() if path.name != "__pycache__"}
     assert entries == {*FLOOR, "__init__", "py.typed"}
-    assert len([room for room in FLOOR if (PACKAGE / f"{room}.py").is_file()]) == 8
+    assert len([room for room in FLOOR if (PACKAGE / f"{room}.py").is_file()]) == 6
     assert len([room for room in FLOOR if (PACKAGE / room).is_dir()]) == 9
 
 
@@ -108,7 +108,7 @@ def test_losses_and_lora_need_torch_alone(name: str) -> None:
     assert not third_party & {"safetensors", "tokenizers", "huggingface_hub", "transformers", "tqdm"}
 
 
-@pytest.mark.parametrize("name", ["metrics", "dialogue", "files", "settings", "seeds"])
+@pytest.mark.parametrize("name", ["metrics", "dialogue", "files"])
 def test_metrics_and_records_need_the_standard_library_alone(name: str) -> None:
     loaded = {module.split(".")[0] for module in loaded_by(f"import selfevo.{name}")}
     assert loaded - sys.stdlib_module_names == {"selfevo"}

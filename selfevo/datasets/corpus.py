@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass
+from typing import Annotated
 
 from selfevo.datasets.readers import load_alpaca, load_dialogues
+from selfevo.datasets.seeds import derive_seed
 from selfevo.dialogue import (
     Dialogue,
     Example,
@@ -15,8 +17,6 @@ from selfevo.dialogue import (
     reply_examples,
     split_dialogues,
 )
-from selfevo.seeds import derive_seed
-from selfevo.settings import REQUIRED, option
 
 Counts = dict[str, dict[str, int]]  # per file, what cleaning changed
 
@@ -29,9 +29,9 @@ class CorpusError(ValueError):
 class HumanData:
     """Human dialogues to learn from and to test on."""
 
-    esconv: str = option(REQUIRED, "human dialogues to learn from (ESConv.json); split 9:1 by dialogue")
-    test: str = option("", "test dialogues; without any, the tenth of ESConv that is held out")
-    limit: int = option(0, "at most this many records of every file, for a quick try; 0 takes all")
+    esconv: Annotated[str, "human dialogues to learn from (ESConv.json); split 9:1 by dialogue"]
+    test: Annotated[str, "test dialogues; without any, the tenth of ESConv that is held out"] = ""
+    limit: Annotated[int, "at most this many records of every file, for a quick try; 0 takes all"] = 0
 
     def __post_init__(self) -> None:
         if self.limit < 0:
@@ -47,9 +47,11 @@ class HumanData:
 class DataSettings(HumanData):
     """All dialogues of the loop: human ones, seeds of phase 2, and instructions to replay."""
 
-    synthetic: tuple[str, ...] = option((), "seed dialogues for phase 2 (ExTES, ServeForEmo, ...); without any, ESConv")
-    replay: str = option("", "general instructions to replay in phase 1 (Alpaca)")
-    replay_count: int = option(500, "instructions to replay")
+    synthetic: Annotated[
+        tuple[str, ...], "seed dialogues for phase 2 (ExTES, ServeForEmo, ...); without any, ESConv"
+    ] = ()
+    replay: Annotated[str, "general instructions to replay in phase 1 (Alpaca)"] = ""
+    replay_count: Annotated[int, "instructions to replay"] = 500
 
     def __post_init__(self) -> None:
         if self.replay_count < 0:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from selfevo.datasets.corpus import CorpusError, Counts, split_human
 from selfevo.datasets.pairs import Pair, read_pairs
@@ -39,7 +40,6 @@ from selfevo.files import read_jsonl, write_json, write_jsonl, write_text
 from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.generate.sampling import Sampling
 from selfevo.models import ChatTokenizer, Transformer
-from selfevo.settings import option
 from selfevo.training.examples import SFTExample, encode_sft_examples
 from selfevo.training.settings import PreferenceSettings
 from selfevo.training.stages import is_trained, restore, train_dpo, train_sft
@@ -54,14 +54,14 @@ class DecoupledConfig(RunConfig):
 
     preference: PreferenceSettings = PreferenceSettings(gamma=0.0)
     replies: ReplySettings = ReplySettings(Sampling(temperature=0.7, top_p=0.95, top_k=0, repetition_penalty=1.0))
-    planning: str = option(
-        PlanSettings.planning,
+    planning: Annotated[
+        str,
         "the strategy to follow: the likeliest of the eight, one drawn from their probabilities, or a name written "
         "token by token",
-        choices=PLANNING,
-    )
-    judge: str = option("", "model that looks for errors and judges replies: an endpoint's, or a local backbone")
-    judge_url: str = option("", "OpenAI-compatible endpoint of the judge; without it the judge is a local backbone")
+        PLANNING,
+    ] = PlanSettings.planning
+    judge: Annotated[str, "model that looks for errors and judges replies: an endpoint's, or a local backbone"] = ""
+    judge_url: Annotated[str, "OpenAI-compatible endpoint of the judge; without it the judge is a local backbone"] = ""
 
     def __post_init__(self) -> None:
         self.plans("test")  # raises where planning is unknown

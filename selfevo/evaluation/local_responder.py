@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from selfevo.datasets.seeds import derive_seed
 from selfevo.dialogue import Messages
 from selfevo.evaluation.ask_json import Answer, request_hash
 from selfevo.generate.decoder import SLOTS
@@ -13,7 +14,6 @@ from selfevo.generate.replies import sample_replies
 from selfevo.generate.sampling import Sampling
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
-from selfevo.seeds import derive_seed
 
 
 class LocalResponder:

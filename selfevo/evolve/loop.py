@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from selfevo.datasets.corpus import Corpus, DataSettings, load_corpus
 from selfevo.dialogue import Dialogue, Instruction
@@ -15,7 +16,6 @@ from selfevo.evolve.refine import RefineSettings, make_pairs
 from selfevo.evolve.run import RunConfig, check_run, is_finished, load_backbone, open_run
 from selfevo.files import write_json, write_text
 from selfevo.models import ChatTokenizer, Transformer
-from selfevo.settings import option
 from selfevo.training.examples import sft_objective
 from selfevo.training.objectives import SFTObjective
 from selfevo.training.stages import is_trained, restore, train_dpo, train_sft
@@ -27,12 +27,12 @@ class EvolveConfig(RunConfig):
 
     data: DataSettings
     replies: RefineSettings = RefineSettings()
-    iterations: int = option(2, "self-evolution iterations")
-    control: str = option(
-        "none",
+    iterations: Annotated[int, "self-evolution iterations"] = 2
+    control: Annotated[
+        str,
         "an experiment that should fail: chosen and rejected swapped, replies shuffled between users, or no DPO term",
-        choices=CONTROLS,
-    )
+        CONTROLS,
+    ] = "none"
 
     def __post_init__(self) -> None:
         if self.iterations < 1:

@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 from selfevo.datasets.pairs import Pair, read_pairs
 from selfevo.datasets.prompts import REPLY_STYLES, reply_prompt
+from selfevo.datasets.seeds import derive_seed
 from selfevo.dialogue import Example, Message, to_messages
 from selfevo.evolve.json_repair import json_object_end
 from selfevo.evolve.reflection import Reflection, parse_reflection, reflection_prompt
@@ -20,8 +22,6 @@ from selfevo.files import write_json, write_jsonl
 from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
-from selfevo.seeds import derive_seed
-from selfevo.settings import option
 
 LENGTH_RATIO = 2.0  # a chosen reply longer than this many times the rejected one is replaced
 SOURCES = ("refined", "golden")  # where chosen replies come from: Table 5's SR, and HM or HL by the seed dialogues
@@ -31,11 +31,11 @@ SOURCES = ("refined", "golden")  # where chosen replies come from: Table 5's SR,
 class RefineSettings(ReplySettings):
     """How replies are sampled, reflected on and refined."""
 
-    reflection_tokens: int = option(384, "longest reflection, in tokens")
-    tries: int = option(3, "tries for a usable reflection before the golden reply is used")
-    style: str = option("strategies", "system prompt of replies", choices=REPLY_STYLES)
-    chosen: str = option(
-        "refined", "where chosen replies come from: the model's refinement, or the seed dialogues", choices=SOURCES
+    reflection_tokens: Annotated[int, "longest reflection, in tokens"] = 384
+    tries: Annotated[int, "tries for a usable reflection before the golden reply is used"] = 3
+    style: Annotated[str, "system prompt of replies", REPLY_STYLES] = "strategies"
+    chosen: Annotated[str, "where chosen replies come from: the model's refinement, or the seed dialogues", SOURCES] = (
+        "refined"
     )
 
     def __post_init__(self) -> None:

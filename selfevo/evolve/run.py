@@ -7,17 +7,17 @@ import platform
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 
 from selfevo import __version__
 from selfevo.datasets.corpus import HumanData
+from selfevo.datasets.seeds import derive_seed
+from selfevo.evolve.settings import compose, flatten, leaves
 from selfevo.files import FileError, read_json, write_json
 from selfevo.generate.replies import ReplySettings
 from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
-from selfevo.seeds import derive_seed
-from selfevo.settings import REQUIRED, compose, flatten, leaves, option
 from selfevo.training.settings import AdapterSettings, PreferenceSettings, TrainSettings
 from selfevo.training.stages import Stage
 
@@ -30,14 +30,14 @@ S = TypeVar("S")
 class BackboneSettings:
     """The chat model that everything starts from, and how it is loaded."""
 
-    source: str = option(
-        REQUIRED, "folder in Hugging Face layout, or a hub id: a Llama, Qwen2 or Mistral chat model", name="backbone"
-    )
-    checkpoint_activations: bool = option(False, "recompute activations in the backward pass to save memory")
-    dtype: str = option("auto", "weights: auto is bfloat16 on a GPU, float32 on a CPU", choices=DTYPES)
-    device: str = option("auto", "auto takes a GPU where there is one")
-    revision: str = option("", "revision of a hub id")
-    chat_format: str = option("", "llama3, qwen2, mistral or plain, where the backbone's own template is unknown")
+    source: Annotated[
+        str, "folder in Hugging Face layout, or a hub id: a Llama, Qwen2 or Mistral chat model", "backbone"
+    ]
+    checkpoint_activations: Annotated[bool, "recompute activations in the backward pass to save memory"] = False
+    dtype: Annotated[str, "weights: auto is bfloat16 on a GPU, float32 on a CPU", DTYPES] = "auto"
+    device: Annotated[str, "auto takes a GPU where there is one"] = "auto"
+    revision: Annotated[str, "revision of a hub id"] = ""
+    chat_format: Annotated[str, "llama3, qwen2, mistral or plain, where the backbone's own template is unknown"] = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -50,13 +50,13 @@ class RunConfig:
 
     backbone: BackboneSettings
     data: HumanData
-    out: str = option(REQUIRED, "run folder")
+    out: Annotated[str, "run folder"]
     adapter: AdapterSettings = AdapterSettings()
-    sft_learning_rate: float = option(TrainSettings.learning_rate, "learning rate of SFT stages")
+    sft_learning_rate: Annotated[float, "learning rate of SFT stages"] = TrainSettings.learning_rate
     training: TrainSettings = TrainSettings()
     preference: PreferenceSettings = PreferenceSettings()
     replies: ReplySettings = ReplySettings()
-    seed: int = option(0, "seed of everything random")
+    seed: Annotated[int, "seed of everything random"] = 0
 
     def __post_init__(self) -> None:
         replace(self.training, learning_rate=self.sft_learning_rate)  # raises where it is out of range

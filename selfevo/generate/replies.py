@@ -9,17 +9,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from selfevo.datasets.encoding import fit_prompt
+from selfevo.datasets.seeds import derive_seed
 from selfevo.dialogue import Messages
 from selfevo.files import append_jsonl, read_jsonl, resume_jsonl, write_jsonl
 from selfevo.generate.decoder import SLOTS, generate
 from selfevo.generate.sampling import Sampling
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
-from selfevo.seeds import derive_seed
-from selfevo.settings import option
 
 R = TypeVar("R", bound="ReplySettings")
 
@@ -29,8 +28,10 @@ class ReplySettings:
     """How replies are sampled, and how many at a time."""
 
     sampling: Sampling = Sampling()
-    max_new_tokens: int = option(128, "longest reply, in tokens")
-    slots: int = option(SLOTS, "replies decoded at a time: more is faster, and on a CPU cheap; fewer take less memory")
+    max_new_tokens: Annotated[int, "longest reply, in tokens"] = 128
+    slots: Annotated[int, "replies decoded at a time: more is faster, and on a CPU cheap; fewer take less memory"] = (
+        SLOTS
+    )
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "slots"):

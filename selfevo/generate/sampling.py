@@ -8,12 +8,12 @@ repeats its first.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from selfevo.kernels.elementwise import widen
-from selfevo.settings import option
 
 _MASK = (1 << 64) - 1
 _TIES = 16  # scores beyond the k-th that are looked at in case they tie with it
@@ -27,10 +27,10 @@ class Sampling:
     In the settings of a run ``seed`` stays 0: every rollout has one derived from the run's.
     """
 
-    temperature: float = option(0.9, "sampling temperature; 0 is greedy")
-    top_p: float = option(0.8, "nucleus mass; 1 switches it off")
-    top_k: int = option(50, "candidates per token; 0 switches it off")
-    repetition_penalty: float = option(1.2, "repetition penalty over prompt and reply; 1 switches it off")
+    temperature: Annotated[float, "sampling temperature; 0 is greedy"] = 0.9
+    top_p: Annotated[float, "nucleus mass; 1 switches it off"] = 0.8
+    top_k: Annotated[int, "candidates per token; 0 switches it off"] = 50
+    repetition_penalty: Annotated[float, "repetition penalty over prompt and reply; 1 switches it off"] = 1.2
     seed: int = 0
 
     def __post_init__(self) -> None:

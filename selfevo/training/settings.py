@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Annotated
 
 from selfevo.scoring import MAX_TOKENS
-from selfevo.settings import option
 
 SHUFFLES = ("dialogues", "pairs")
 
@@ -15,9 +15,9 @@ SHUFFLES = ("dialogues", "pairs")
 class AdapterSettings:
     """The adapter that a stage trains."""
 
-    rank: int = option(8, "LoRA rank")
-    alpha: float = option(16.0, "LoRA alpha")
-    dropout: float = option(0.0, "dropout on the adapters' input", name="lora_dropout")
+    rank: Annotated[int, "LoRA rank"] = 8
+    alpha: Annotated[float, "LoRA alpha"] = 16.0
+    dropout: Annotated[float, "dropout on the adapters' input", "lora_dropout"] = 0.0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -32,8 +32,8 @@ class AdapterSettings:
 class PreferenceSettings:
     """The loss of DPO stages (Eq. 6-8)."""
 
-    beta: float = option(0.1, "DPO beta")
-    gamma: float = option(1.0, "weight of the SFT term beside DPO; 0 is plain DPO")
+    beta: Annotated[float, "DPO beta"] = 0.1
+    gamma: Annotated[float, "weight of the SFT term beside DPO; 0 is plain DPO"] = 1.0
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
@@ -50,19 +50,17 @@ class TrainSettings:
     of DPO stages.
     """
 
-    learning_rate: float = option(5e-6, "learning rate of DPO stages")
-    epochs: int = option(2, "epochs of every stage")
-    batch_size: int = option(4, "items of a batch")
-    accumulation: int = option(2, "batches of an optimiser step")
-    warmup: float = option(0.01, "share of the steps over which the learning rate rises")
-    weight_decay: float = option(0.0, "AdamW weight decay")
-    max_grad_norm: float = option(1.0, "gradient clipping")
-    evaluations_per_epoch: int = option(4, "evaluations on held-out items for early stopping")
-    patience: int = option(3, "evaluations without improvement before a stage stops early")
-    max_tokens: int = option(MAX_TOKENS, "distinct tokens of one packed row; lower it where memory is short")
-    shuffle: str = option(
-        "dialogues", "what is shuffled: 'pairs' gives up sharing context across turns", choices=SHUFFLES
-    )
+    learning_rate: Annotated[float, "learning rate of DPO stages"] = 5e-6
+    epochs: Annotated[int, "epochs of every stage"] = 2
+    batch_size: Annotated[int, "items of a batch"] = 4
+    accumulation: Annotated[int, "batches of an optimiser step"] = 2
+    warmup: Annotated[float, "share of the steps over which the learning rate rises"] = 0.01
+    weight_decay: Annotated[float, "AdamW weight decay"] = 0.0
+    max_grad_norm: Annotated[float, "gradient clipping"] = 1.0
+    evaluations_per_epoch: Annotated[int, "evaluations on held-out items for early stopping"] = 4
+    patience: Annotated[int, "evaluations without improvement before a stage stops early"] = 3
+    max_tokens: Annotated[int, "distinct tokens of one packed row; lower it where memory is short"] = MAX_TOKENS
+    shuffle: Annotated[str, "what is shuffled: 'pairs' gives up sharing context across turns", SHUFFLES] = "dialogues"
     checkpoint_every: int = 50  # steps; every evaluation writes one too
     seed: int = 0
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from selfevo.datasets.pairs import Pair
+from selfevo.datasets.seeds import derive_seed
 from selfevo.files import FileError
 from selfevo.lora import freeze_adapter, inject_lora, load_adapter, remove_adapters
 from selfevo.models import ChatTokenizer, Transformer
-from selfevo.seeds import derive_seed
 from selfevo.training.examples import encode_pairs
 from selfevo.training.loop import train
 from selfevo.training.objectives import DPOObjective, SFTObjective

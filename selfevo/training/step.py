@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from selfevo.datasets.seeds import derive_seed
 from selfevo.models.transformer import Transformer
-from selfevo.seeds import derive_seed
 from selfevo.training.objectives import Objective
 from selfevo.training.settings import TrainSettings
 from selfevo.trie.packing import pack

@@ -37,12 +37,12 @@ from selfevo.decoupled.planner import (
 )
 from selfevo.dialogue import ESCONV_STRATEGIES, Dialogue, Example, Turn, clean_dialogue
 from selfevo.evaluation.ask_json import Answer, Messages
+from selfevo.evolve.settings import compose
 from selfevo.files import FileError
 from selfevo.generate import Sampling
 from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.lora import inject_lora, lora_parameters, remove_adapters, save_adapter
 from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
-from selfevo.settings import compose
 from selfevo.trie.trie import as_ids, shared_prefix
 
 EXAMPLE = ITERATE.with_name("decoupled.py")

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from selfevo.evolve import BackboneSettings, EvolveConfig, RunError, evolve, load_backbone, read_settings
+from selfevo.evolve.settings import change, leaves
 from selfevo.lora import load_adapter
-from selfevo.settings import change, leaves
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -22,12 +22,12 @@ from safetensors.torch import load_file
 from selfevo.datasets import read_pairs
 from selfevo.datasets.encoding import fit_prompt
 from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, RefineSettings, RunError, TrainSettings, evolve
+from selfevo.evolve.settings import flatten, leaves
 from selfevo.files import FileError
 from selfevo.generate import Sampling
 from selfevo.lora import load_adapter
 from selfevo.models import load_model, load_tokenizer
 from selfevo.scoring import response_logps
-from selfevo.settings import flatten, leaves
 
 
 def test_a_run_leaves_every_file_of_the_layout(finished: Path) -> None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import pytest
 
 from selfevo.decoupled import DecoupledConfig
 from selfevo.evolve import EvolveConfig
-from selfevo.settings import REQUIRED, change, compose, flatten, leaves, option
+from selfevo.evolve.settings import REQUIRED, _leaves, change, compose, flatten, leaves
 
 
 @dataclass(frozen=True)
 class Part:
-    size: int = option(1, "a size")
-    names: tuple[str, ...] = option((), "names", name="titles")
+    size: Annotated[int, "a size"] = 1
+    names: Annotated[tuple[str, ...], "names", "titles"] = ()
     derived: int = 5
 
     def __post_init__(self) -> None:
@@ -25,7 +26,7 @@ class Part:
 @dataclass(frozen=True, kw_only=True)
 class Whole:
     part: Part = Part(size=2)
-    out: str = option(REQUIRED, "a folder")
+    out: Annotated[str, "a folder"]
 
 
 def test_leaves_have_the_defaults_of_the_whole_not_of_the_part() -> None:
@@ -61,14 +62,5 @@ def test_no_two_leaves_of_a_run_have_one_name(kind: type) -> None:
     config = compose(kind, given)
     assert set(flatten(config)) == set(leaves(kind))
     assert compose(kind, flatten(config)) == config
-    counted: list[str] = []
-
-    def count(settings: object) -> None:
-        for field in settings.__dataclass_fields__.values():  # type: ignore[attr-defined]
-            if "help" in field.metadata:
-                counted.append(field.metadata["name"] or field.name)
-            elif hasattr(getattr(settings, field.name), "__dataclass_fields__"):
-                count(getattr(settings, field.name))
-
-    count(config)
+    counted = [leaf.name for leaf in _leaves(kind, REQUIRED)]
     assert sorted(counted) == sorted(set(counted))

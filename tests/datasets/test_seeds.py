@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from selfevo.seeds import derive_seed
+from selfevo.datasets.seeds import derive_seed
 
 
 @pytest.mark.parametrize(
