@@ -107,7 +107,7 @@ def iterate(arguments: list[str], **environment: str) -> subprocess.CompletedPro
     """The example in a process of its own; with KILL_AT it kills itself around the writing of that file."""
     code = KILLER if environment else "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__')"
     return subprocess.run(
-        [sys.executable, "-c", f"import sys; del sys.argv[0]\n{code}", str(ITERATE), *arguments],
+        [sys.executable, "-c", f"import sys; del sys.argv[0]\nsys.path.insert(0, {str(ITERATE.parent)!r})\n{code}", str(ITERATE), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
