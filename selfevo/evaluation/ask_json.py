@@ -34,8 +34,9 @@ def request_hash(request: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
+A = TypeVar("A")
 T = TypeVar("T")
-TRIES = 3  # askings for one usable judgement
+TRIES = 3  # requests for one usable answer
 _FENCED = re.compile(r"\A```(?:json)?\s*\n(.*)\n```\Z", re.DOTALL)
 
 
@@ -43,39 +44,58 @@ class UnusableAnswerError(ValueError):
     """A judge's answer that breaks the rules; the message is the reason in a word or two, to be counted."""
 
 
+def ask_again(
+    indices: Sequence[int],
+    tries: int,
+    ask: Callable[[list[int], int], Sequence[A]],
+    use: Callable[[int, A, int], bool],
+) -> list[int]:
+    """Asks for an answer to each index, again where it was of no use, up to ``tries`` times.
+
+    ``ask(indices, attempt)`` gives the answers, ``use(index, answer, attempt)`` says whether one was of use, and
+    attempts are counted from 1. Returns the indices without a useful answer.
+    """
+    pending = list(indices)
+    for attempt in range(1, tries + 1):
+        if pending:
+            answers = ask(pending, attempt)
+            pending = [index for index, answer in zip(pending, answers) if not use(index, answer, attempt)]
+    return pending
+
+
 def ask_json(
     responder: Responder,
-    conversations: Sequence[Sequence[Mapping[str, str]]],
+    conversations: Sequence[Messages],
     read: Callable[[Mapping[str, Any]], T],
     counts: Counter[str],
     *,
     tries: int = TRIES,
     label: str = "",
 ) -> list[T | None]:
-    """What ``read`` makes of each answer's JSON object; an unusable answer is asked for again, up to ``tries`` times.
+    """What ``read`` makes of each answer's JSON object, or None where no try gave a usable one.
 
     ``read`` raises UnusableAnswerError for an object that breaks its rules. Counts ``answered``, ``given_up`` and the
     reason of every failed try.
     """
     found: list[T | None] = [None] * len(conversations)
-    pending = list(range(len(conversations)))
-    for attempt in range(1, tries + 1):
-        if not pending:
-            break
+
+    def ask(indices: list[int], attempt: int) -> list[Answer]:
         name = label if attempt == 1 else f"{label}, try {attempt}"
-        answers = responder.answer([conversations[i] for i in pending], attempt=attempt, label=name)
-        again = []
-        for index, answer in zip(pending, answers):
-            try:
-                if answer.text is None or answer.error:
-                    raise UnusableAnswerError(answer.error or "no_answer")
-                found[index] = read(json_object(answer.text))
-            except UnusableAnswerError as error:
-                counts[str(error)] += 1
-                again.append(index)
-        pending = again
-    counts["answered"] += len(conversations) - len(pending)
-    counts["given_up"] += len(pending)
+        return responder.answer([conversations[index] for index in indices], attempt=attempt, label=name)
+
+    def use(index: int, answer: Answer, attempt: int) -> bool:
+        try:
+            if answer.text is None or answer.error:
+                raise UnusableAnswerError(answer.error or "no_answer")
+            found[index] = read(json_object(answer.text))
+        except UnusableAnswerError as error:
+            counts[str(error)] += 1
+            return False
+        return True
+
+    given_up = ask_again(range(len(conversations)), tries, ask, use)
+    counts["answered"] += len(conversations) - len(given_up)
+    counts["given_up"] += len(given_up)
     return found
 
 

@@ -1,51 +1,49 @@
 """The JSON object in what a model wrote, however untidy: fences, prose, wrong quotes, lost commas, a cut-off end.
 
-A small forgiving reader, not a list of substitutions: on text that is JSON already it agrees with ``json.loads``, and
-it never evaluates anything. What makes it forgiving is one question, asked at every quote inside a string: does what
-follows look like the end of a value? Only then does the quote end the string, so ``'I'm ok'`` and ``"a "big" day"``
-are read as meant. Its time grows linearly with the text.
+A forgiving reader that agrees with ``json.loads`` on proper JSON and never evaluates anything. At every quote inside a
+string it asks one question: does what follows look like the end of a value? Only then does the quote end the string,
+so ``'I'm ok'`` and ``"a "big" day"`` are read as meant. Its time grows linearly with the text.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 __all__ = ["Salvaged", "json_object_end", "salvage_json"]
-_MAX_DEPTH = 64
 _MAX_STARTS = 100  # braces to try; bounds the time on text that is nothing but braces
-_MAX_DIGITS = 1000  # Python refuses to read integers much longer than this
-_MAX_ODD_KEY = 80  # how far a key with a quote inside it may reach
-# Which quotes close a string, by the one that opened it. A straight double quote is closed by its own kind alone, for
-# inside proper JSON curly quotes are text.
+# Which quotes close a string, by the one that opened it. Inside proper JSON curly quotes are text.
 _CLOSERS = {'"': '"', "'": "'", "“": '“”"', "”": '“”"', "‘": "‘’'", "’": "‘’'"}
 _STOPS = {opener: re.compile(rf"[{closers}\\]") for opener, closers in _CLOSERS.items()}
+_QUOTE = "[\"'“”‘’]"
+# A key and its colon: properly quoted, short and with quotes of other kinds or inside it, or without any.
+_QUOTED_KEY = "|".join(
+    [r'"(?:[^"\\]|\\.)*"\s*:', r"'(?:[^'\\]|\\.)*'\s*:"]
+    + [rf"[{opener}](?:[^,:{{}}\n\\]|\\.){{0,80}}?[{closers}]\s*:" for opener, closers in _CLOSERS.items()]
+)
+_BARE_KEY = r"[^\W\d][\w-]{0,59}\s*:"
+_KEY = re.compile(f"{_QUOTED_KEY}|{_BARE_KEY}", re.DOTALL)
+_CUT_KEY = re.compile(rf"""(?:"(?:[^"\\]|\\.?)*"?|'(?:[^'\\]|\\.?)*'?|{_QUOTE}\w*)\s*\Z""", re.DOTALL)
+# What may follow a string in an object. A comma alone proves little ("he said "no", and left"): behind it there must be
+# a key. Where the comma is lost, a bare key must begin a line, as words with a colon are common in prose.
+_AFTER_MEMBER = re.compile(
+    rf"\s*(?:[}}\]]|```|\Z|,\s*(?:\Z|}}|{_KEY.pattern}|{_CUT_KEY.pattern})|{_QUOTED_KEY})|[^\S\n]*\n\s*{_BARE_KEY}",
+    re.DOTALL,
+)
+_AFTER_ITEM = re.compile(
+    rf"\s*(?:[}}\]]|```|\Z|,\s*(?:{_QUOTE}|[{{}}\[\]\d-]|\Z|(?:true|false|null|True|False|None|NaN|Infinity)\b|[a-zA-Z]{{1,7}}\Z))"
+    rf"|\s+{_QUOTE}"
+)
 _SPACE = re.compile(r"\s*")
 _SEPARATORS = re.compile(r"[\s,]*")
-_COLON = re.compile(r"\s*:\s*")
-_END = re.compile(r"\s*\Z")
-_BARE_KEY = re.compile(r"[^\W\d][\w-]{0,59}(?=\s*:)")
-_STRUCTURE = re.compile(r"[,:{}\n]")
 _JUNK = re.compile(r"[^,}\]\n]*")
-_AFTER_COMMA_IN_LIST = re.compile(
-    r"[\"'“”‘’{}\[\]\d-]|\Z|(?:true|false|null|True|False|None|NaN|Infinity)\b|[A-Za-z]{1,7}\Z"
-)
 # A quote belongs to a bare value only inside a word: elsewhere it begins the next key, the comma being lost.
 _BARE_VALUE = re.compile(r"(?:[^,}\]\n\"“”'‘’]|(?<=\w)['‘’])*")
-_NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?([eE][+-]?[0-9]+)?")
-# JSON has no NaN and no infinities, though Python's reader takes them; no number is the honest reading.
-_LITERALS: dict[str, bool | None] = {
-    "true": True,
-    "True": True,
-    "false": False,
-    "False": False,
-    **dict.fromkeys(("null", "None", "NaN", "Infinity", "-Infinity")),
-}
+_LITERALS = {"true": True, "True": True, "false": False, "False": False, "null": None, "None": None}
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(?:u[0-9a-fA-F]{0,3})?\Z|(.))", re.DOTALL)
 _ESCAPED = dict(zip("ntrbf", "\n\t\r\b\f")) | {character: character for character in "/\\\"'“”‘’"}
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _NOTHING: Any = object()
 
 
@@ -56,86 +54,92 @@ class Salvaged(NamedTuple):
     complete: bool
 
 
-def salvage_json(text: str) -> Salvaged | None:
-    """The first JSON object in ``text``, or None where there is none to be had. Raises nothing.
+def salvage_json(text: str, wanted: str | None = None) -> Salvaged | None:
+    """The first JSON object in ``text`` that holds the key ``wanted``, itself or in an object inside it.
 
+    Where none does, and without ``wanted``, it is the first object that is not empty, else an empty one, else None.
     Mended: text around it, any kind of quotes, unescaped quotes and newlines inside strings, bare keys and values,
     Python's literals, commas too many or lost, a bracket lost or of the wrong kind, and a missing end: what is open is
     closed, a cut-off string keeps what it had, a member whose value had not begun is left out. A number at the very end
     is taken as it stands. Half a surrogate pair becomes U+FFFD, since no tokenizer takes it; NaN and infinities become
-    None. An empty object is returned only if no other follows. Nesting beyond 64 levels gives None.
+    None. Raises nothing; nesting too deep for Python's stack gives None.
     """
-    found = _find_object(text)
+    found = _find_object(text, wanted)
     return None if found is None else found[0]
 
 
-def json_object_end(text: str) -> int | None:
-    """The index just past the first JSON object in ``text``, or None while it is not complete.
+def json_object_end(text: str, wanted: str | None = None) -> int | None:
+    """The index just past the object that ``salvage_json`` finds, or None while that is not complete.
 
-    Made for stopping a generation: it agrees with ``salvage_json`` on what is complete, and the beginning of a proper
-    JSON object has no end yet. A brace inside a string does not count.
+    Made for stopping a generation: the beginning of a proper JSON object has no end yet, a brace inside a string does
+    not count, and with ``wanted`` an object without that key ends nothing.
     """
     if "}" not in text:
         return None
-    found = _find_object(text)
-    return found[1] if found is not None and found[0].complete else None
+    found = _find_object(text, wanted)
+    if found is None or not found[0].complete or (wanted is not None and wanted not in found[0].value):
+        return None
+    return found[1]
 
 
-class _TooDeepError(Exception):
-    """Nested so deeply that it cannot be an answer, only a model repeating itself."""
-
-
-def _find_object(text: str) -> tuple[Salvaged, int] | None:
-    """The object and the index just past it."""
-    empty: tuple[Salvaged, int] | None = None
+def _find_object(text: str, wanted: str | None) -> tuple[Salvaged, int] | None:
+    """The object and the index just past the outermost object around it."""
+    best: tuple[Salvaged, int] | None = None
     start = text.find("{")
     for _ in range(_MAX_STARTS):
         if start < 0:
             break
         reader = _Reader(text, start + 1)
         try:
-            value = reader.read_top()
-        except _TooDeepError:
-            return None
-        if value:
-            return Salvaged(value, reader.complete), reader.position
+            value = reader.read_object()
+        except RecursionError:
+            break
+        if value or (value is not None and reader.complete):
+            holder = value if wanted is None else _holder(value, wanted)
+            if holder or (value and wanted is None):
+                return Salvaged(holder or value, reader.complete), reader.position
+            if best is None or (value and not best[0].value):
+                best = Salvaged(value, reader.complete), reader.position
         if not reader.complete:  # the text ended inside this object, so no other one can follow it
             break
-        if value is not None and empty is None:
-            empty = Salvaged(value, True), reader.position
         start = text.find("{", start + 1 if value is None else reader.position)
-    return empty
+    return best
+
+
+def _holder(value: Any, wanted: str) -> dict[str, Any] | None:
+    """The outermost object with the key ``wanted``, in reading order."""
+    if isinstance(value, dict) and wanted in value:
+        return value
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return next((found for part in inner if (found := _holder(part, wanted)) is not None), None)
 
 
 class _Reader:
     """Reads one object, ``position`` being behind its brace; ``complete`` turns False where the text ends too early."""
 
     def __init__(self, text: str, position: int) -> None:
-        self.text = text
-        self.position = position
+        self.text, self.position = text, position
         self.complete = True
-        self.depth = 1
         self.open_lists = 0
 
-    def read_top(self) -> dict[str, Any] | None:
+    def read_object(self) -> dict[str, Any] | None:
         """The object, or None if this brace begins none: a brace in prose is not followed by a key and a colon."""
         begin = self._skip(_SEPARATORS)
-        if self._here() not in ("}", "") and self._key() is None:
-            self.complete = not self._cut_key_at(begin)
+        if self._here() not in ("}", "") and not _KEY.match(self.text, begin):
+            self.complete = not _CUT_KEY.match(self.text, begin)
             return None
-        self.position = begin
         return self._members()
 
     def _here(self) -> str:
         return self.text[self.position : self.position + 1]
 
     def _skip(self, pattern: re.Pattern[str]) -> int:
-        self.position = _end_of(pattern, self.text, self.position)
+        found = pattern.match(self.text, self.position)
+        self.position = self.position if found is None else found.end()
         return self.position
 
     def _at_end(self) -> bool:
-        if self._skip(_SEPARATORS) == len(self.text):
-            self.complete = False
+        self.complete &= self._skip(_SEPARATORS) < len(self.text)
         return not self.complete
 
     def _members(self) -> dict[str, Any]:
@@ -148,10 +152,13 @@ class _Reader:
                 if self.open_lists:  # the list around this object ends: the object's own brace is lost
                     break
                 self.position += 1
-            elif (key := self._key()) is None:
+            elif (key := _KEY.match(self.text, self.position)) is None:
                 self._skip_junk()
-            elif (value := self._value(self._ends_member)) is not _NOTHING:
-                members[key] = value
+            else:
+                self.position = key.end()
+                self._skip(_SPACE)
+                if (value := self._value(_AFTER_MEMBER)) is not _NOTHING:
+                    members[_key_text(key[0])] = value
         return members
 
     def _items(self) -> list[Any]:
@@ -162,156 +169,73 @@ class _Reader:
                 self.position += 1
                 break
             # The object around this list ends or goes on: the list's own bracket is lost.
-            if self._here() == "}" or (self._here() in _STOPS and self._key_at(self.position)):
+            if self._here() == "}" or (self._here() in _STOPS and _KEY.match(self.text, self.position)):
                 break
-            value = self._value(self._ends_item)
-            if value is not _NOTHING:
+            if (value := self._value(_AFTER_ITEM)) is not _NOTHING:
                 items.append(value)
         self.open_lists -= 1
         return items
 
-    def _value(self, ends: Callable[[int], bool]) -> Any:
-        """The value at the position, or ``_NOTHING``; ``ends(index)`` tells whether a string may end before index."""
-        opener = self._here()
-        if opener in _STOPS:
-            return self._string(ends)
-        if opener not in ("{", "["):
-            begin = self.position
-            end = self._skip(_BARE_VALUE)
-            return _bare_value(self.text[begin:end].strip(), cut=end == len(self.text))
-        if self.depth == _MAX_DEPTH:
-            raise _TooDeepError
-        self.depth += 1
-        self.position += 1
-        value = self._members() if opener == "{" else self._items()
-        self.depth -= 1
-        return value
-
-    def _string(self, ends: Callable[[int], bool]) -> str:
-        begin = self.position + 1
+    def _value(self, after: re.Pattern[str]) -> Any:
+        """The value at the position, or ``_NOTHING``; ``after`` matches what may follow a string."""
+        opener, begin = self._here(), self.position + 1
+        if opener in ("{", "["):
+            self.position = begin
+            return self._members() if opener == "{" else self._items()
+        if opener not in _STOPS:
+            text = self.text[begin - 1 : self._skip(_BARE_VALUE)].strip()
+            return _bare_value(text, cut=self.position == len(self.text))
         for quote in self._quotes(begin):
-            if ends(quote + 1):
+            if after.match(self.text, quote + 1):
                 self.position = quote + 1
                 return _unescape(self.text[begin:quote])
-        self.complete = False
-        self.position = len(self.text)
+        self.complete, self.position = False, len(self.text)
         return _cut_string(self.text[begin:])
-
-    def _key(self) -> str | None:
-        """The key at the position, which moves on to its value; None, and no move, if there is no key with a colon."""
-        begin = self.position
-        if self._here() in _STOPS:
-            end = self._key_end(begin + 1)
-            if end is None:
-                return None
-            self.position = end + 1
-            self._skip(_COLON)
-            return _unescape(self.text[begin + 1 : end])
-        if (bare := _BARE_KEY.match(self.text, begin)) is None:
-            return None
-        self.position = bare.end()
-        self._skip(_COLON)
-        return bare[0]
-
-    def _key_end(self, begin: int) -> int | None:
-        """Where the quote is that ends the key which begins here. A quote inside a key is forgiven in short ones."""
-        for count, quote in enumerate(self._quotes(begin)):
-            if count and (quote - begin > _MAX_ODD_KEY or _STRUCTURE.search(self.text, begin, quote)):
-                return None
-            if _COLON.match(self.text, quote + 1):
-                return quote
-        return None
-
-    def _key_at(self, index: int) -> bool:
-        if self.text[index] in _STOPS:
-            return self._key_end(index + 1) is not None
-        return _BARE_KEY.match(self.text, index) is not None
-
-    def _cut_key_at(self, index: int) -> bool:
-        """Whether the text ends inside a quoted key or right behind it."""
-        if self.text[index] not in _STOPS:
-            return False
-        quote = next(self._quotes(index + 1), None)
-        return quote is None or _END.match(self.text, quote + 1) is not None
 
     def _quotes(self, begin: int) -> Iterator[int]:
         """The unescaped quotes that could close the string whose opening quote stands just before ``begin``."""
-        stops = _STOPS[self.text[begin - 1]]
         position = begin
-        while (stop := stops.search(self.text, position)) is not None:
-            position = stop.end()
-            if stop[0] == "\\":
-                position += 1
-            else:
+        while (stop := _STOPS[self.text[begin - 1]].search(self.text, position)) is not None:
+            position = stop.end() + (stop[0] == "\\")
+            if stop[0] != "\\":
                 yield stop.start()
-
-    def _ends_member(self, index: int) -> bool:
-        """Whether what stands at ``index`` may follow a string that is a member's value.
-
-        A comma alone proves little ("he said "no", and left"): behind it there must be a key.
-        """
-        after = _end_of(_SPACE, self.text, index)
-        if self._closes(after):
-            return True
-        if self.text[after] == ",":
-            following = _end_of(_SPACE, self.text, after + 1)
-            if self.text[following : following + 1] in ("", "}"):
-                return True
-            return self._key_at(following) or self._cut_key_at(following)
-        # A lost comma. Words with a colon are common in prose, so a bare key must begin a line.
-        return (self.text[after] in _STOPS or "\n" in self.text[index:after]) and self._key_at(after)
-
-    def _ends_item(self, index: int) -> bool:
-        """Whether what stands at ``index`` may follow a string that is an item of a list."""
-        after = _end_of(_SPACE, self.text, index)
-        if self._closes(after):
-            return True
-        if self.text[after] == ",":
-            following = _end_of(_SPACE, self.text, after + 1)
-            return _AFTER_COMMA_IN_LIST.match(self.text, following) is not None
-        return after > index and self.text[after] in _STOPS
-
-    def _closes(self, index: int) -> bool:
-        """Whether an object or a list may end at ``index``. A fence ends the text: the brackets before it are lost."""
-        return self.text[index : index + 1] in ("", "}", "]") or self.text.startswith("```", index)
 
     def _skip_junk(self) -> None:
         """Past what is no member: a quoted text, or else all up to the next comma, bracket or line."""
         if self._here() in _STOPS:
-            quote = next(self._quotes(self.position + 1), len(self.text) - 1)
-            self.position = quote + 1
+            self.position = next(self._quotes(self.position + 1), len(self.text) - 1) + 1
         else:
             self._skip(_JUNK)
 
 
-def _end_of(pattern: re.Pattern[str], text: str, index: int) -> int:
-    found = pattern.match(text, index)
-    return index if found is None else found.end()
+def _key_text(key: str) -> str:
+    key = key[:-1].rstrip()
+    return _unescape(key[1:-1]) if key[0] in _STOPS else key
 
 
 def _bare_value(text: str, *, cut: bool) -> Any:
     """A number, a literal, or the words themselves; ``_NOTHING`` for none and for what may be half a word."""
     if text in _LITERALS:
         return _LITERALS[text]
-    if len(text) <= _MAX_DIGITS and (number := _NUMBER.fullmatch(text)) is not None:
-        if number[1] is None and number[2] is None:
-            return int(text)
-        return value if math.isfinite(value := float(text)) else None
+    for kind in (int, float):
+        try:
+            number = kind(text)
+        except ValueError:  # no number, or one with more digits than Python reads
+            continue
+        return number if math.isfinite(number) else None
     return text if text and not cut else _NOTHING
 
 
 def _cut_string(body: str) -> str:
     """What a string had when the text ended, less a closing fence, which is the model's and not the string's."""
     stripped = body.rstrip()
-    return _unescape(stripped[:-3].rstrip() if stripped.endswith("```") else body, cut=True)
+    text = _unescape(stripped[:-3].rstrip() if stripped.endswith("```") else body)
+    # The first half of a surrogate pair whose second half was cut off has become U+FFFD.
+    return text.removesuffix("\ufffd") if "\\" in body[-12:] else text
 
 
-def _unescape(body: str, *, cut: bool = False) -> str:
+def _unescape(body: str) -> str:
     text = _ESCAPE.sub(_character, body) if "\\" in body else body
-    if _SURROGATE.search(text) is None:
-        return text
-    if cut and "\ud800" <= text[-1] <= "\udbff":  # the first half of a pair whose second half was cut off
-        text = text[:-1]
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 

@@ -16,8 +16,9 @@ from selfevo.datasets.pairs import Pair, read_pairs
 from selfevo.datasets.prompts import REPLY_STYLES, reply_prompt
 from selfevo.datasets.seeds import derive_seed
 from selfevo.dialogue import Example, Message, to_messages
+from selfevo.evaluation.ask_json import ask_again
 from selfevo.evolve.json_repair import json_object_end
-from selfevo.evolve.reflection import Reflection, parse_reflection, reflection_prompt
+from selfevo.evolve.reflection import REFINED, Reflection, parse_reflection, reflection_prompt
 from selfevo.files import write_json, write_jsonl
 from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.models.tokenizer import ChatTokenizer
@@ -88,34 +89,33 @@ def reflect(
 ) -> list[Reflection | None]:
     """The model's reflection on each of its replies, or None where no try gave a usable one."""
     found: list[Reflection | None] = [None] * len(prompts)
-    pending = [index for index, reply in enumerate(replies) if reply.text]
-    for attempt in range(1, settings.tries + 1):
-        if not pending:
-            break
-        texts = sample_replies(
+
+    def ask(indices: list[int], attempt: int) -> list[Reply]:
+        return sample_replies(
             model,
             tokenizer,
-            [reflection_prompt(prompts[index], replies[index].text or "") for index in pending],
+            [reflection_prompt(prompts[index], replies[index].text or "") for index in indices],
             folder / f"reflections-{attempt}.jsonl",
             sampling=replace(settings.sampling, seed=derive_seed(settings.sampling.seed, "reflection", attempt)),
             max_new_tokens=settings.reflection_tokens,
             keep_last=3,
-            stop_when=lambda text: json_object_end(text) is not None,
+            stop_when=lambda text: json_object_end(text, REFINED) is not None,
             slots=settings.slots,
             label=f"reflections, try {attempt}",
         )
-        again = []
-        for index, written in zip(pending, texts):
-            if written.text is None:
-                counts["reflection_prompt_too_long"] += 1
-                continue
-            if attempt == 1 and written.turns_dropped:
-                counts["reflection_context_cut"] += 1
-            found[index] = parse_reflection(written.text)
-            if found[index] is None:
-                counts[f"unusable_json_try_{attempt}"] += 1
-                again.append(index)
-        pending = again
+
+    def use(index: int, written: Reply, attempt: int) -> bool:
+        if written.text is None:
+            counts["reflection_prompt_too_long"] += 1
+            return True  # it would not fit the next time either
+        if attempt == 1 and written.turns_dropped:
+            counts["reflection_context_cut"] += 1
+        found[index] = parse_reflection(written.text)
+        if found[index] is None:
+            counts[f"unusable_json_try_{attempt}"] += 1
+        return found[index] is not None
+
+    ask_again([index for index, reply in enumerate(replies) if reply.text], settings.tries, ask, use)
     return found
 
 

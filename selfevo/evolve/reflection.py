@@ -9,6 +9,7 @@ from typing import Any
 from selfevo.dialogue import Messages
 from selfevo.evolve.json_repair import salvage_json
 
+REFINED = "refined_response"  # the key without which a reflection is of no use
 ASPECTS = ("profile", "emotion", "personality", "intention")
 _REFLECTION = """Pause the conversation and look at your last reply.
 Step 1: understand the user from what they said: profile (facts about their life), emotion, personality, intention.
@@ -37,7 +38,7 @@ def reflection_prompt(prompt: Messages, reply: str) -> list[dict[str, str]]:
 
 def read_reflection(value: Mapping[str, Any]) -> Reflection | None:
     """The reflection in a parsed JSON object, or None where it has no refined response to use."""
-    refined = value.get("refined_response")
+    refined = value.get(REFINED)
     if not isinstance(refined, str) or not refined.strip():
         return None
     understanding = value.get("understanding")
@@ -72,10 +73,9 @@ def _as_score(value: Any) -> int | None:
 
 def parse_reflection(text: str) -> Reflection | None:
     """The reflection in a model's answer, mended where it can be; None where there is no whole refined reply."""
-    salvaged = salvage_json(text)
-    if salvaged is None or not isinstance(salvaged.value, Mapping):
+    salvaged = salvage_json(text, REFINED)
+    reflection = None if salvaged is None else read_reflection(salvaged.value)
+    if reflection is None or salvaged is None:
         return None
-    reflection = read_reflection(salvaged.value)
-    if reflection is None or (not salvaged.complete and reflection.refined[-1] not in ".!?…\"'”)"):
-        return None  # an object that was cut off may have been cut within the reply
-    return reflection
+    # The end of an object that was cut off may be missing from the reply.
+    return reflection if salvaged.complete or reflection.refined[-1] in ".!?…\"'”)" else None

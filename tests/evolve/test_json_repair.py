@@ -204,12 +204,27 @@ def test_generation_can_stop_at_the_first_token_that_closes_the_object() -> None
     assert set(ends[closing:]) == {closing}
 
 
-def test_nesting_is_followed_to_64_levels_and_no_further() -> None:
+def test_nesting_too_deep_for_the_stack_gives_nothing() -> None:
     def nested(depth: int) -> str:
         return '{"a": ' * (depth - 1) + '{"a": 1}' + "}" * (depth - 1)
 
     assert salvage_json(nested(64)) == Salvaged(json.loads(nested(64)), True)
-    assert salvage_json(nested(65)) is None
+    assert salvage_json(nested(10_000)) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"note": 1} then {"wanted": "x"}', {"wanted": "x"}),
+        ('{"note": {"wanted": "x", "b": 1}}', {"wanted": "x", "b": 1}),
+        ('{"note": [1, {"b": {"wanted": "x"}}], "c": 2}', {"wanted": "x"}),
+        ('{sad} {} {"note": 1} {"other": 2}', {"note": 1}),
+        ("{'note': 'he said: {'} {'wanted': null}", {"wanted": None}),
+    ],
+)
+def test_every_object_is_searched_for_the_wanted_key(text: str, expected: dict[str, Any]) -> None:
+    assert salvage_json(text, "wanted") == Salvaged(expected, True)
+    assert json_object_end(text, "wanted") == (len(text) if "wanted" in text else None)
 
 
 HOSTILE = {

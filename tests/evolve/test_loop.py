@@ -107,11 +107,12 @@ def iterate(arguments: list[str], **environment: str) -> subprocess.CompletedPro
     """The example in a process of its own; with KILL_AT it kills itself around the writing of that file."""
     code = KILLER if environment else "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__')"
     return subprocess.run(
-        [sys.executable, "-c", f"import sys; del sys.argv[0]\nsys.path.insert(0, {str(ITERATE.parent)!r})\n{code}", str(ITERATE), *arguments],
+        [sys.executable, "-c", START + code, str(ITERATE), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, timeout=240,
     )  # fmt: skip
 
 
+START = f"import sys; del sys.argv[0]; sys.path.insert(0, {str(ITERATE.parent)!r})\n"  # as ``python iterate.py`` does
 KILLER = """
 import os, runpy, signal
 put = os.replace
