@@ -40,7 +40,8 @@ class FileError(ValueError):
 def replace_file(path: StrPath) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` for others to write (``torch.save``); it takes the name on success.
 
-    Parents are created. If the block raises, nothing is left behind and a file that was there before stays as it was.
+    Parents are created, and the file may be read by whom the umask allows. If the block raises, nothing is left behind
+    and a file that was there before stays as it was.
     Raises ``FileError`` if ``path`` is a folder or if the block wrote nothing.
     """
     target = Path(path)
@@ -49,9 +50,13 @@ def replace_file(path: StrPath) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        temporary.unlink()
         yield temporary
         if not temporary.exists():
             raise FileError(f"{target}: nothing was written; write to the temporary path that replace_file yields")
+        temporary.chmod(mode)  # safetensors leaves its files to their owner alone
         # Without the sync a power cut could leave the new name on an empty file.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

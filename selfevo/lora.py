@@ -9,11 +9,9 @@ round most of each away, and the reference model would no longer be the model th
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -22,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from selfevo.files import read_json, replace_file, write_json
 from selfevo.kernels.linear import Linear, linear
 from selfevo.kernels.lowrank import adapted_linear
 
@@ -72,7 +71,7 @@ class LoRALinear(nn.Linear):
         return self.alpha / self.rank
 
     def reset_adapter(self, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
-        """A fresh trainable adapter: A random, B zero. Drawn on the processor: the same for every device."""
+        """A fresh trainable adapter: A random, B zero. Drawn on the CPU, so it is the same for every device."""
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
         if not (math.isfinite(alpha) and alpha > 0):
@@ -299,25 +298,13 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "") 
         "r": frozen_rank + rank, "lora_alpha": frozen_rank + rank if frozen_rank else alpha, "lora_dropout": dropout,
         "target_modules": list(layers), "inference_mode": True,
     }  # fmt: skip
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    _write(Path(folder) / WEIGHTS_FILE, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    _write(Path(folder) / CONFIG_FILE, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    with replace_file(Path(folder) / WEIGHTS_FILE) as path:
+        save_file(tensors, path, metadata={"format": "pt"})
+    write_json(Path(folder) / CONFIG_FILE, config)
 
 
 def _keys(name: str) -> tuple[str, str]:
     return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives; safetensors would leave files to the owner alone
-        write(temporary)
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
@@ -377,10 +364,7 @@ def _is_expected(name: str, config: dict[str, Any], linears: Collection[str]) ->
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ValueError(f"{path} does not describe a LoRA adapter (peft_type)")
     for key in ("r", "lora_alpha"):

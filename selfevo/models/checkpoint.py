@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from selfevo.files import read_json, replace_file, write_json
 from selfevo.models import llama, mistral, qwen2
 from selfevo.models.hf_config import ConfigError, ConfigReader
 from selfevo.models.hub import CheckpointError, locate
@@ -87,14 +88,7 @@ def load_model(
 def read_config(folder: Path) -> ModelConfig:
     """The configuration of the checkpoint in ``folder``."""
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{folder}: there is no config.json; a checkpoint folder has one beside its weights"
-        ) from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not JSON: {error}") from error
+    values = read_json(path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: should hold a JSON object, not a {type(values).__name__}")
     kind = values.get("model_type")
@@ -117,13 +111,13 @@ def read_config(folder: Path) -> ModelConfig:
 def _shards(folder: Path) -> dict[Path, list[str]]:
     """The weight files and the tensor names to take from each."""
     if (folder / WEIGHTS).is_file():
-        return {folder / WEIGHTS: _names(folder / WEIGHTS)}
+        return {folder / WEIGHTS: sorted(_header(folder / WEIGHTS))}
     index = folder / INDEX
     if not index.is_file():
         raise CheckpointError(f"{folder}: neither {WEIGHTS} nor {INDEX} is there (other weight formats are not read)")
     try:
-        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
+        weight_map = dict(read_json(index)["weight_map"])
+    except (KeyError, TypeError) as error:
         raise CheckpointError(f"{index}: not an index with a weight_map: {error}") from error
     shards: dict[Path, list[str]] = {}
     for name, file in weight_map.items():
@@ -131,7 +125,7 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
     for shard, names in shards.items():
         if not shard.is_file():
             raise CheckpointError(f"{index}: the shard {shard.name} is not there; it holds {names[0]} and others")
-        stored = set(_names(shard))
+        stored = set(_header(shard))
         for name in sorted(stored.symmetric_difference(names)):
             where = "is in the index but not in the file" if name not in stored else "is not in the index"
             raise CheckpointError(f"{shard}: the tensor {name} {where}")
@@ -153,10 +147,6 @@ def _header(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: not a safetensors file: {error}") from error
     header.pop("__metadata__", None)
     return {name: {**entry, "end": 8 + length + entry["data_offsets"][1]} for name, entry in header.items()}
-
-
-def _names(path: Path) -> list[str]:
-    return sorted(_header(path))
 
 
 def _check_whole(path: Path) -> None:
@@ -208,7 +198,6 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
     Adapters must have been merged (``selfevo.lora.merge_adapters``) or saved apart (``save_adapter``).
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tied:
         del state[HEAD]
@@ -220,17 +209,13 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
     shards = list(_split(state))
     for number, shard in enumerate(shards, 1):
         name = WEIGHTS if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        partial = folder / f"{name}.partial"
-        partial.touch()
-        mode = partial.stat().st_mode  # what the user's umask gives; safetensors would leave files to the owner alone
-        save_file(shard, partial, metadata={"format": "pt"})
-        partial.chmod(mode)
-        partial.replace(folder / name)
+        with replace_file(folder / name) as partial:
+            save_file(shard, partial, metadata={"format": "pt"})
     if len(shards) > 1:
         count = len(shards)
         weight_map = {k: f"model-{n:05d}-of-{count:05d}.safetensors" for n, part in enumerate(shards, 1) for k in part}
         total = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     values = FAMILIES[model.config.family].write_config(model.config)
     values["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     if tokenizer is not None:
@@ -240,7 +225,7 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
             for name in TOKENIZER_FILES:
                 if (source / name).is_file():
                     shutil.copyfile(source / name, folder / name)
-    _write_json(folder / "config.json", values)
+    write_json(folder / "config.json", values)
 
 
 def _split(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
@@ -254,9 +239,3 @@ def _split(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         shard[name] = tensor
         room -= size
     yield shard
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)

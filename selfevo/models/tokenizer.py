@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import tokenizers
 
 from selfevo.dialogue import Messages
+from selfevo.files import read_json
 from selfevo.models.chat import ChatFormat, PlainChat
 from selfevo.models.hub import locate
 from selfevo.models.llama import Llama3Chat
@@ -199,10 +200,7 @@ def _token(settings: dict[str, Any], key: str) -> str | None:
 def _read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path}: not JSON: {error}") from error
+    settings = read_json(path)
     if not isinstance(settings, dict):
         raise TokenizerError(f"{path}: should hold a JSON object, not a {type(settings).__name__}")
     return settings

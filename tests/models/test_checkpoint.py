@@ -14,6 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from selfevo.files import FileError
 from selfevo.models import CheckpointError, load_model, save_pretrained
 from selfevo.models.hf_config import ConfigError
 
@@ -271,7 +272,7 @@ def test_a_config_that_we_do_not_implement_is_refused_by_name(
 def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder"):
         load_model(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"no config\.json"):
+    with pytest.raises(FileError, match=r"config\.json: there is no such file"):
         load_model(tmp_path)
 
 
