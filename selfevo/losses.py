@@ -94,7 +94,7 @@ def sequence_logps(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> 
     ``logits[:, t]`` predict ``labels[:, t + 1]``; the shift happens here. Positions labelled ``ignore_index`` do not
     count, and their logits get a zero gradient even where they are not finite. A sequence without labels sums to 0.
 
-    Raises ValueError for mismatched shapes and, on the processor, for labels outside the vocabulary.
+    Raises ValueError for mismatched shapes and, on a CPU, for labels outside the vocabulary.
     """
     if logits.dim() != 3 or labels.dim() != 2 or logits.shape[:2] != labels.shape:
         raise ValueError(

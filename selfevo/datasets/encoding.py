@@ -16,8 +16,8 @@ class FittedPrompt:
     turns_dropped: int
 
 
-def fit_prompt(tokenizer: ChatTokenizer, messages: Messages, room: int, *, keep_last: int = 1) -> FittedPrompt:
-    """Ids of a conversation within ``room`` tokens: whole exchanges are dropped, the oldest first.
+def fit_prompt(tokenizer: ChatTokenizer, messages: Messages, max_tokens: int, *, keep_last: int = 1) -> FittedPrompt:
+    """Ids of a conversation within ``max_tokens`` tokens: whole exchanges are dropped, the oldest first.
 
     The system message and the ``keep_last`` last messages always stay: 1 for a reply (the user's turn), 3 for a
     reflection (the user's turn, the reply, the request).
@@ -27,7 +27,7 @@ def fit_prompt(tokenizer: ChatTokenizer, messages: Messages, room: int, *, keep_
     dropped = 0
     while True:
         ids = tokenizer.encode_chat([*head, *spoken[dropped:]])
-        if len(ids) <= room:
+        if len(ids) <= max_tokens:
             return FittedPrompt(ids, dropped)
         if len(spoken) - dropped - 2 < keep_last:
             return FittedPrompt(None, dropped)

@@ -132,7 +132,7 @@ def error_prompt(case: Case) -> list[dict[str, str]]:
 
 
 def read_errors(value: Mapping[str, Any]) -> frozenset[str]:
-    """The errors that are there; raises UnusableAnswerError unless each is told true or false, and nothing else."""
+    """The errors that are there; raises UnusableAnswerError unless each is given as true or false, and nothing else."""
     if set(value) != set(ERRORS):
         raise UnusableAnswerError("other_errors_than_asked")
     if not all(isinstance(found, bool) for found in value.values()):

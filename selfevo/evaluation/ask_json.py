@@ -1,4 +1,4 @@
-"""Asking a model for JSON, again where the answer cannot be used."""
+"""Requests to a model for JSON, repeated where the answer cannot be used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Answer:
 
 
 class Responder(Protocol):
-    """Answers conversations, in order; ``attempt`` asks for a new answer where an earlier one could not be used."""
+    """Answers conversations, in order; another ``attempt`` requests new answers in place of unusable ones."""
 
     @property
     def name(self) -> str: ...
@@ -50,10 +50,10 @@ def ask_again(
     ask: Callable[[list[int], int], Sequence[A]],
     use: Callable[[int, A, int], bool],
 ) -> list[int]:
-    """Asks for an answer to each index, again where it was of no use, up to ``tries`` times.
+    """Requests an answer for each index, and another one where it could not be used, up to ``tries`` times.
 
-    ``ask(indices, attempt)`` gives the answers, ``use(index, answer, attempt)`` says whether one was of use, and
-    attempts are counted from 1. Returns the indices without a useful answer.
+    ``ask(indices, attempt)`` gives the answers, ``use(index, answer, attempt)`` says whether one could be used, and
+    attempts are counted from 1. Returns the indices without a usable answer.
     """
     pending = list(indices)
     for attempt in range(1, tries + 1):

@@ -1,4 +1,4 @@
-"""A model answers test dialogues, each turn in its ground-truth context; the answers, their scores and the tables.
+"""Scores of the answers to test turns, each given in its ground-truth context, and comparisons between models.
 
 An evaluation folder (``eval`` in a run) holds all that is needed to score again, to judge and to report, without the
 data or the models: ``examples.jsonl``, and for every model ``NAME.replies.jsonl``, ``NAME.json`` (its scores) and
@@ -29,7 +29,7 @@ def score_answers(
     """Scores the replies of a model in an evaluation folder, and writes its scores and each reply's.
 
     Files are ``NAME.json`` and ``NAME.values.jsonl``, or ``NAME.CONVENTION.json`` and so on under another convention.
-    ``counts`` are told beside the scores; without them those of an earlier scoring stay.
+    ``counts`` are stored beside the scores; without them those of an earlier scoring stay.
     """
     answers = read_answers(folder, name)
     scores = score_replies(

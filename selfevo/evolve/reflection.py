@@ -9,7 +9,7 @@ from typing import Any
 from selfevo.dialogue import Messages
 from selfevo.evolve.json_repair import salvage_json
 
-REFINED = "refined_response"  # the key without which a reflection is of no use
+REFINED = "refined_response"  # the key that every usable reflection has
 ASPECTS = ("profile", "emotion", "personality", "intention")
 _REFLECTION = """Pause the conversation and look at your last reply.
 Step 1: understand the user from what they said: profile (facts about their life), emotion, personality, intention.

@@ -48,7 +48,7 @@ def _merged(layer: LoRALinear) -> nn.Module:
 
 
 class _StackedLinear(nn.Module):
-    """``W x + bias + B A x``, all in the dtype of W; gradients are not asked for."""
+    """``W x + bias + B A x``, all in the dtype of W, without gradients."""
 
     def __init__(self, layer: LoRALinear) -> None:
         super().__init__()

@@ -120,7 +120,7 @@ class Slots:
 
 
 class SlotCache(Slots):
-    """Every row has a copy of its prompt, and one call attends for all: for GPUs, where calls are dear, and for a
+    """Every row has a copy of its prompt, and one call attends for all: for GPUs, where each call costs much, and for a
     single row. Idle slots and unused keys fill a step up, so that steps come in few shapes and can be captured."""
 
     def __init__(self, model: Transformer, slots: int, capacity: int) -> None:

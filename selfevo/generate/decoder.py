@@ -65,8 +65,8 @@ def generate(
     the prompts that share its batch. ``stop_when`` sees the ids of a reply after every token and may end it, that token
     included. At most ``batch_size`` replies are decoded at a time; ``on_reply`` gets the index and the ids of each as
     soon as it is finished, in any order. ``progress`` names a progress bar. ``cuda_graphs`` captures decode steps on a
-    CUDA device, which no GPU has run yet. ``observer`` is told of every phase, for benchmarks. Adapters are used as
-    they are, without dropout; the model is left as it was. Raises ValueError for settings out of range, an empty
+    CUDA device (not yet tried on a GPU). ``observer`` is called around every phase, for benchmarks. Adapters are
+    applied without dropout; the model is left as it was. Raises ValueError for settings out of range, an empty
     prompt, ids outside the vocabulary, or a prompt that leaves no room for ``max_new_tokens``.
     """
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)

@@ -16,7 +16,7 @@ class Graphs:
     """Steps by their shape, each captured when it first comes and replayed from then on.
 
     What a step reads and writes stays where it is in memory, and it asks the device for no value. Its result is
-    overwritten by the next step. If ``capture`` fails, which is said once, steps run as they are.
+    overwritten by the next step. If ``capture`` fails, one warning says so and steps run as they are.
     """
 
     def __init__(self, capture: Callable[[Step], Step]) -> None:
@@ -49,7 +49,7 @@ def step_graphs(device: torch.device) -> Graphs | None:
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                step()  # libraries allocate what they need for good, which a graph may not
+                step()  # libraries allocate their workspace here, as they may not inside a graph
             torch.cuda.current_stream().wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):

@@ -66,7 +66,7 @@ class SharedPrefixCache(Slots):
 
     def step(self) -> Tensor:
         if self._groups is None or len(self._groups.order) != self.rows:
-            self._entered[self.rows :] = [None] * (len(self._entered) - self.rows)  # lets go of what finished
+            self._entered[self.rows :] = [None] * (len(self._entered) - self.rows)  # frees their prefixes
             self._groups = group_rows([prompt for prompt in self._entered if prompt is not None])
             self._prefix_biases = {}
         else:  # windows move with every token, what belongs to other prompts stays

@@ -22,7 +22,7 @@ _CPU_BLOCK_BYTES = 4 * 2**20
 
 
 def check_targets(targets: Tensor, vocab_size: int) -> None:
-    """Refuse token ids outside the vocabulary; on an accelerator the gather fails, as looking would be a sync."""
+    """Raises ValueError for token ids outside the vocabulary; on a GPU the gather fails instead."""
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise ValueError(f"token ids must be integers, not {targets.dtype}")
     if targets.device.type == "cpu" and targets.numel():
@@ -39,8 +39,8 @@ def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size:
     gradient of each row is found along with its value, and the backward pass only scales it. A trainable head has its
     logits recomputed in the backward pass. Differentiable once.
 
-    Raises ValueError for mismatched shapes, dtypes or devices and for targets outside the vocabulary; the last is seen
-    on the processor only, an accelerator reports it as a failed device assertion.
+    Raises ValueError for mismatched shapes, dtypes or devices and for targets outside the vocabulary; the last
+    is checked on a CPU only, on a GPU it is a failed device assertion.
     """
     fits = hidden.dim() == 2 and weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
     if not fits or targets.shape != hidden.shape[:1]:
@@ -60,14 +60,14 @@ def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size:
         chunk_size = max(1, math.ceil(len(hidden) / chunks))  # equal ones: a small rest is slow
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    if not torch.is_grad_enabled():  # a Function is told what requires grad, not whether anyone will ask for it
+    if not torch.is_grad_enabled():  # a Function knows what requires grad, but not that gradients are off
         hidden, weight = hidden.detach(), weight.detach()
     logps: Tensor = _LinearLogps.apply(hidden, weight, targets.long(), chunk_size)
     return logps
 
 
 class _Softmax(NamedTuple):
-    """Of some rows (b) of a chunk: e^(logit - max) in the wide dtype, their sums, and the targets' log-probs."""
+    """Of b rows of a chunk: e^(logit - max) in float32 or float64, their sums, and the targets' log-probabilities."""
 
     rows: slice  # within the chunk
     exponentials: Tensor  # (b, V), a buffer to be overwritten
@@ -76,7 +76,7 @@ class _Softmax(NamedTuple):
 
 
 class _ChunkBuffers:
-    """Room for the logits of one chunk in the head's dtype, and for a block of its rows in float32."""
+    """Buffers for the logits of one chunk in the head's dtype, and for a block of its rows in float32."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, chunk_size: int, block_size: int | None = None) -> None:
         rows, vocab = min(chunk_size, hidden.shape[0]), weight.shape[0]

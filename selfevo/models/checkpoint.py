@@ -230,12 +230,12 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
 
 def _split(state: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
-    room = float(_SHARD_BYTES)
+    left = _SHARD_BYTES
     for name, tensor in state.items():
         size = math.prod(tensor.shape) * tensor.element_size()
-        if shard and size > room:
+        if shard and size > left:
             yield shard
-            shard, room = {}, float(_SHARD_BYTES)
+            shard, left = {}, _SHARD_BYTES
         shard[name] = tensor
-        room -= size
+        left -= size
     yield shard

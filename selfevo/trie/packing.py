@@ -1,4 +1,4 @@
-"""Splitting sequences into packs of a token budget, relatives together."""
+"""Splits sequences into packs of a token budget; sequences with a common prefix stay together."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from selfevo.trie.trie import Ids, as_ids, shared_prefix, sort_key
 def pack(items: Sequence[Sequence[Ids]], max_tokens: int) -> list[list[int]]:
     """Splits items, each a few sequences that stay together, into packs of about ``max_tokens`` distinct tokens.
 
-    Items are taken in lexicographic order, so that relatives share a pack; a full pack ends where neighbours have least
-    in common, if that leaves it at least half full. Returns the items' indices, pack by pack; an item that is larger
+    Items are taken in lexicographic order, so that common prefixes share a pack; a full pack ends where neighbours
+    share least, if that leaves it at least half full. Returns the items' indices, pack by pack; an item that is larger
     than the budget has a pack of its own.
     """
     order = sorted(range(len(items)), key=lambda index: sort_key(items[index][0]))

@@ -41,7 +41,7 @@ def as_ids(sequence: Sequence[int] | Ids) -> Ids:
 
 
 def sort_key(sequence: Ids) -> bytes:
-    """Bytes that compare as the sequences do: relatives become neighbours."""
+    """Bytes that sort as the sequences do: sequences with a common prefix become neighbours."""
     return sequence.astype(">u4").tobytes()
 
 
@@ -80,16 +80,16 @@ def build_trie(sequences: Sequence[Sequence[int] | Ids]) -> TokenTrie:
 def _long_first(order: list[int], arrays: Sequence[Ids]) -> list[int]:
     """Indices of sequences in lexicographic order, rearranged so that below every node the longest one comes first.
 
-    What leaves the longest sequence latest follows it first: depth first, the trunk's nodes stay neighbours.
+    The others follow in the order of how much they share with it, most first, so that its nodes stay neighbours.
     """
     if len(order) < 3:
         return sorted(order, key=lambda index: -len(arrays[index]))
-    trunk = max(order, key=lambda index: len(arrays[index]))
+    longest = max(order, key=lambda index: len(arrays[index]))
     branches: dict[int, list[int]] = {}
     for index in order:
-        if index != trunk:
-            branches.setdefault(shared_prefix(arrays[trunk], arrays[index]), []).append(index)
-    result = [trunk]
+        if index != longest:
+            branches.setdefault(shared_prefix(arrays[longest], arrays[index]), []).append(index)
+    result = [longest]
     for depth in sorted(branches, reverse=True):
         result += _long_first(branches[depth], arrays)
     return result
