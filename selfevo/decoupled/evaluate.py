@@ -14,7 +14,7 @@ from selfevo.decoupled.planner import Labelled, Plan
 from selfevo.decoupled.strategy_metrics import score_strategies
 from selfevo.evaluation.ask_json import Responder
 from selfevo.evaluation.columns import support_columns
-from selfevo.evaluation.judge import SUPPORT_ASPECTS, judge_replies, summarise
+from selfevo.evaluation.judge import judge_replies, load_aspects, summarise
 from selfevo.evaluation.tables import markdown_table
 from selfevo.files import FileError, read_json, write_json
 
@@ -68,7 +68,8 @@ def score_replies_of(
         failures: Counter[str] = Counter()
         asked = [(turn.example, text) for turn, _, text in answered]
         name = path.name.split(".")[0]
-        judged = judge_replies(judge, asked, failures, aspects=SUPPORT_ASPECTS, label=f"judging {name}")
+        aspects = load_aspects("decoupled")
+        judged = judge_replies(judge, asked, failures, aspects=aspects, joint=True, label=f"judging {name}")
         report["judge"] = summarise(judged, [example.dialogue for example, _ in asked], failures)
         scores |= {aspect: score["mean"] for aspect, score in report["judge"]["scores"].items()}
     write_json(path, report | {"scores": scores})

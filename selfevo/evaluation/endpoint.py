@@ -39,6 +39,7 @@ class EndpointSettings:
     model: str
     temperature: float = 0.8
     top_p: float = 0.95
+    top_k: int = 50  # 0 does not send it; a server that refuses it is asked without
     max_tokens: int = 768
     concurrency: int = 8
     tries: int = 6
@@ -71,6 +72,7 @@ class Endpoint:
         self._client = openai.OpenAI(
             base_url=settings.url, api_key=key, timeout=settings.timeout, max_retries=settings.tries - 1
         )
+        self._sends_top_k = settings.top_k > 0
         self._cache = cache
         try:
             self._answers = {r["key"]: Answer(r["text"], r["error"]) for r in resume_jsonl(cache)}
@@ -96,7 +98,8 @@ class Endpoint:
                     key, answer = futures[future], future.result()
                     if answer.text is None:
                         failed[key] = answer
-                        if len(failed) == count >= 2 * self.settings.concurrency:
+                        no_connection = answer.error == "connection" and count == len(futures)
+                        if len(failed) == count and (no_connection or count >= 2 * self.settings.concurrency):
                             raise EndpointError(
                                 f"{self.settings.url}: no answer to the first {count} requests, the last with "
                                 f"{answer.error!r}; is the server running?"
@@ -114,20 +117,25 @@ class Endpoint:
         own = self.settings
         return request_hash({
             "messages": [dict(message) for message in messages], "attempt": attempt, "url": own.url, "model": own.model,
-            "temperature": own.temperature, "top_p": own.top_p, "max_tokens": own.max_tokens,
+            "temperature": own.temperature, "top_p": own.top_p, "top_k": own.top_k, "max_tokens": own.max_tokens,
         })  # fmt: skip
 
     def _ask(self, messages: Messages) -> Answer:
         import openai
 
-        own = self.settings
+        own, sends_top_k = self.settings, self._sends_top_k
         try:
             output = self._client.chat.completions.create(
                 messages=[dict(message) for message in messages], model=own.model, temperature=own.temperature,  # type: ignore[misc]
-                top_p=own.top_p, max_tokens=own.max_tokens,
+                top_p=own.top_p, max_tokens=own.max_tokens, extra_body={"top_k": own.top_k} if sends_top_k else {},
             )  # fmt: skip
             choice = output.choices[0]
             text = choice.message.content
+        except openai.BadRequestError as error:
+            if sends_top_k and "top_k" in str(error):  # OpenAI's own servers do not know it
+                self._sends_top_k = False
+                return self._ask(messages)
+            return Answer(None, f"http_{error.status_code}")
         except openai.APIStatusError as error:
             return self._refused(error)
         except openai.APITimeoutError:

@@ -1,6 +1,8 @@
-"""An LLM as judge (Table 7): seven aspects from 1 to 5, strictly parsed, every failure counted.
+"""An LLM as judge (Table 7, Appendix E.2): aspects scored from 1 to 5, strictly parsed, every failure counted.
 
-The criteria and the caps are in our own words. A study with other aspects gives them in a file (``load_aspects``).
+The aspects are data: ``aspects/paper.json`` has the paper's seven with their levels and score caps in our own words,
+``personalisation.json`` one of our own, ``decoupled.json`` the four of Zhang et al. (2025). A study with other aspects
+gives a file of the same form (``load_aspects``).
 """
 
 from __future__ import annotations
@@ -8,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -17,68 +20,23 @@ from selfevo.evaluation.significance import bootstrap_interval
 from selfevo.files import FileError, StrPath, read_json
 
 LOWEST, HIGHEST = 1, 5
+OWN_SETS = ("paper", "personalisation", "decoupled")
+_OWN = Path(__file__).parent / "aspects"
 
 
 @dataclass(frozen=True)
 class Aspect:
-    """What is judged: what 1 and 5 mean, and ``cap``, what keeps the score from going above a bound ("" for none)."""
+    """What is judged: a question, what the scores mean, and conditions that keep a score from exceeding a bound."""
 
     name: str
-    lowest: str
-    highest: str
-    cap: str = ""
-
-
-ASPECTS = (
-    Aspect("Fluency", "broken, garbled or repetitive language", "natural language that a person would use"),
-    Aspect(
-        "Understanding",
-        "misses or misreads what the user feels and means",
-        "grasps the feeling, its cause and what stays unsaid",
-        "a reply that contradicts what the user said gets at most 2",
-    ),
-    Aspect(
-        "Empathy",
-        "cold, dismissive or blaming",
-        "warm, takes the feeling seriously and stays with it",
-        "stock sympathy that would fit any trouble gets at most 3",
-    ),
-    Aspect(
-        "Personalisation",
-        "could be sent to anybody",
-        "could only be meant for this user: their facts, their personality, what they hope for",
-        "a reply that takes up nothing this user has told gets at most 2; one with invented facts gets 1",
-    ),
-    Aspect(
-        "Helpfulness",
-        "leads nowhere or makes things worse",
-        "moves the user on: a fitting question, insight or step",
-        "advice before the trouble is understood gets at most 3",
-    ),
-    Aspect(
-        "Skilfulness",
-        "preaches, interrogates or shifts the topic",
-        "the right kind of support for this moment of the conversation, well timed",
-        "a list of generic tips gets at most 2",
-    ),
-    Aspect(
-        "Overall",
-        "a reply you would not send",
-        "a reply that you would gladly receive in this place",
-        "it is never above Fluency plus 1 nor above Understanding plus 1",
-    ),
-)
-SUPPORT_ASPECTS = (
-    Aspect("Empathy", "cold or dismissive", "recognises the feeling and responds to it with warmth"),
-    Aspect("Fluency", "broken or repetitive language", "natural, coherent and of fitting length"),
-    Aspect("Helpfulness", "leads nowhere", "helps the user to see or do something that eases the trouble"),
-    Aspect("Professionalism", "unsafe, judging or intrusive", "what a trained counsellor would find sound"),
-)  # those of Zhang et al. 2025
+    question: str
+    levels: Mapping[int, str]
+    caps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """Scores from 1 to 5, and reasons ("" where none was given), by aspect."""
+    """Scores from 1 to 5, and explanations ("" where none was given), by aspect; failed aspects are missing."""
 
     scores: dict[str, int]
     reasons: dict[str, str]
@@ -89,85 +47,118 @@ def judge_replies(
     answers: Sequence[tuple[Example, str]],
     counts: Counter[str],
     *,
-    aspects: Sequence[Aspect] = ASPECTS,
+    aspects: Sequence[Aspect],
+    joint: bool = False,
     label: str = "",
-) -> list[Judgement | None]:
-    """A judgement of every reply to its test turn, None where no try gave a usable one; ``counts`` says why."""
-    conversations = [judge_prompt(to_messages(example.context), reply, aspects) for example, reply in answers]
+) -> list[Judgement]:
+    """A judgement of every reply to its test turn. ``counts`` says how many requests were answered and what failed.
 
-    def read(value: Mapping[str, Any]) -> Judgement:
-        return read_judgement(value, aspects)
+    There is one request for each reply and aspect, as in the paper, or with ``joint`` one for all aspects together.
+    """
+    judged = [Judgement({}, {}) for _ in answers]
+    for group in [list(aspects)] if joint else [[aspect] for aspect in aspects]:
+        conversations = [judge_prompt(to_messages(example.context), reply, group) for example, reply in answers]
+        name = label if joint else f"{label}: {group[0].name}"
 
-    return ask_json(responder, conversations, read, counts, label=label)
+        def read(value: Mapping[str, Any], group: Sequence[Aspect] = group) -> Judgement:
+            return read_judgement(value, group)
+
+        for whole, part in zip(judged, ask_json(responder, conversations, read, counts, label=name)):
+            if part is not None:
+                whole.scores.update(part.scores)
+                whole.reasons.update(part.reasons)
+    return judged
 
 
 def judge_prompt(context: Sequence[Mapping[str, str]], reply: str, aspects: Sequence[Aspect]) -> list[dict[str, str]]:
-    """One request: the conversation, the reply to it and what each score means."""
-    spoken = "\n".join(
-        f"{'User' if message['role'] == 'user' else 'Supporter'}: {message['content']}"
-        for message in context
-        if message["role"] != "system"
-    )
-    scales = "\n".join(
-        f"- {a.name}: {LOWEST} = {a.lowest}; {HIGHEST} = {a.highest}." + (f" Limit: {a.cap}." if a.cap else "")
-        for a in aspects
-    )
-    form = ", ".join(f'"{aspect.name}": {{"reason": "", "score": 0}}' for aspect in aspects)
+    """One request: the conversation, the reply to it, and for each aspect what is asked, the levels and the caps."""
+    names = {"user": "User", "assistant": "Supporter"}
+    spoken = "\n".join(f"{names[m['role']]}: {m['content']}" for m in context if m["role"] in names)
+    form = '{"explanation": "", "score": 0}'
+    if len(aspects) > 1:
+        form = "{" + ", ".join(f'"{aspect.name}": {form}' for aspect in aspects) + "}"
     system = (
-        "You judge replies in emotional support conversations. Be strict and use the whole scale: 3 is an ordinary "
-        "reply, 5 is rare. Judge the last reply only, in its place in the conversation, and each aspect by itself."
+        "You judge replies in emotional support conversations, strictly. Judge the last reply only, in its place in "
+        "the conversation. Give a higher score only for what goes beyond the level below it."
     )
     request = (
-        f"The conversation so far:\n{spoken}\n\nThe reply to judge:\n{reply}\n\nScore it on each aspect with a whole "
-        f"number from {LOWEST} to {HIGHEST}:\n{scales}\n\nGive a reason of one sentence before each score. Answer with "
-        f"one JSON object and nothing else:\n{{{form}}}"
+        f"The conversation so far:\n{spoken}\n\nThe reply to judge:\n{reply}\n\n"
+        + "\n\n".join(map(_criteria, aspects))
+        + f"\n\nGive whole numbers from {LOWEST} to {HIGHEST}, each after an explanation of one sentence. "
+        f"Answer with one JSON object and nothing else:\n{form}"
     )
     return [{"role": "system", "content": system}, {"role": "user", "content": request}]
 
 
+def _criteria(aspect: Aspect) -> str:
+    levels = [f"{score} = {meaning}" for score, meaning in sorted(aspect.levels.items(), reverse=True)]
+    return "\n".join([f"{aspect.name}. {aspect.question}".strip(), *levels, *(f"Limit: {cap}" for cap in aspect.caps)])
+
+
 def read_judgement(value: Mapping[str, Any], aspects: Sequence[Aspect]) -> Judgement:
-    """Whole scores from 1 to 5 for every aspect and no other; anything else raises UnusableAnswerError."""
+    """Whole scores from 1 to 5 for every aspect and no other; anything else raises UnusableAnswerError.
+
+    For one aspect the object is ``{"explanation", "score"}``, for several one of these under each aspect's name, or the
+    bare score. Keys may be capitalised, and ``reason`` stands for ``explanation``.
+    """
+    entries = {aspects[0].name: value} if len(aspects) == 1 and aspects[0].name not in value else dict(value)
     scores, reasons = {}, {}
     for aspect in aspects:
-        entry = value.get(aspect.name)
-        score = entry.get("score") if isinstance(entry, Mapping) else entry
-        reasons[aspect.name] = str(entry.get("reason", "")) if isinstance(entry, Mapping) else ""
+        entry = entries.pop(aspect.name, None)
+        fields = {key.lower(): part for key, part in entry.items()} if isinstance(entry, Mapping) else {"score": entry}
+        score = fields.get("score")
         if score is None:
-            raise UnusableAnswerError("aspect_missing")
+            raise UnusableAnswerError("score_missing")
         if not isinstance(score, int) or isinstance(score, bool):
             raise UnusableAnswerError("score_not_a_whole_number")
         if not LOWEST <= score <= HIGHEST:
             raise UnusableAnswerError("score_out_of_range")
         scores[aspect.name] = score
-    if value.keys() - scores.keys():
+        reasons[aspect.name] = str(fields.get("explanation", fields.get("reason", "")))
+    if entries:
         raise UnusableAnswerError("unknown_aspect")
     return Judgement(scores, reasons)
 
 
-def load_aspects(path: StrPath) -> tuple[Aspect, ...]:
-    """Aspects from a JSON list of objects with ``name``, ``lowest``, ``highest`` and optionally ``cap``."""
-    aspects = []
-    for index, entry in enumerate(read_json(path)):
-        try:
-            aspects.append(Aspect(**entry))
-        except TypeError as error:
-            raise FileError(
-                f"{path}, entry {index}: expected name, lowest, highest and perhaps cap ({error})"
-            ) from error
-    if not aspects:
-        raise FileError(f"{path}: holds no aspects")
+def load_aspects(source: StrPath) -> tuple[Aspect, ...]:
+    """The aspects of a set by name (paper, personalisation, decoupled) or of a JSON file.
+
+    A file holds a list of ``{"name", "question", "levels": {"5": meaning, ...}, "caps": ["at most 2: ...", ...]}``;
+    question and caps may be missing. The form of version 0.1 (``lowest``, ``highest``, ``cap``) is read too. Raises
+    FileError with the entry at fault.
+    """
+    path = _OWN / f"{source}.json" if str(source) in OWN_SETS else Path(source)
+    aspects = [_aspect(entry, f"{path}, entry {index}") for index, entry in enumerate(read_json(path))]
+    names = [aspect.name for aspect in aspects]
+    if not names or len(set(names)) < len(names):
+        raise FileError(f"{path}: holds no aspects, or two of one name: {', '.join(names)}")
     return tuple(aspects)
 
 
-def summarise(
-    judgements: Sequence[Judgement | None], dialogues: Sequence[str], counts: Mapping[str, int]
-) -> dict[str, Any]:
+def _aspect(entry: Any, where: str) -> Aspect:
+    try:
+        if "levels" not in entry:
+            entry = {
+                "name": entry["name"],
+                "levels": {LOWEST: entry["lowest"], HIGHEST: entry["highest"]},
+                "caps": [entry["cap"]] if entry.get("cap") else [],
+            }
+        levels = {int(score): str(meaning) for score, meaning in entry["levels"].items()}
+        aspect = Aspect(str(entry["name"]), str(entry.get("question", "")), levels, tuple(entry.get("caps", ())))
+        if not aspect.levels or not all(LOWEST <= score <= HIGHEST for score in aspect.levels):
+            raise ValueError(f"levels should be {LOWEST} to {HIGHEST}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(f"{where}: expected name, levels and perhaps question and caps ({error!r})") from error
+    return aspect
+
+
+def summarise(judgements: Sequence[Judgement], dialogues: Sequence[str], counts: Mapping[str, int]) -> dict[str, Any]:
     """Means over the judged replies with bootstrap intervals (dialogues drawn whole), and what failed."""
-    judged = [(j, dialogue) for j, dialogue in zip(judgements, dialogues) if j is not None]
-    scores = {}
-    for name in judged[0][0].scores if judged else ():
-        values = [float(judgement.scores[name]) for judgement, _ in judged]
-        low, high = bootstrap_interval(values, [dialogue for _, dialogue in judged])
-        scores[name] = {"mean": fmean(values), "interval": [low, high]}
+    scores: dict[str, Any] = {}
+    for name in dict.fromkeys(name for judgement in judgements for name in judgement.scores):
+        rows = [(float(j.scores[name]), dialogue) for j, dialogue in zip(judgements, dialogues) if name in j.scores]
+        values = [value for value, _ in rows]
+        low, high = bootstrap_interval(values, [dialogue for _, dialogue in rows])
+        scores[name] = {"mean": fmean(values), "interval": [low, high], "replies": len(values)}
     failures = {reason: count for reason, count in sorted(counts.items()) if reason != "answered"}
-    return {"answered": len(judged), "failures": failures, "scores": scores}
+    return {"answered": sum(bool(j.scores) for j in judgements), "failures": failures, "scores": scores}

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from chat_server import Server, says
@@ -18,7 +20,6 @@ from transformers import AutoModelForCausalLM
 from selfevo.dialogue import Example, Turn
 from selfevo.evaluation import compare
 from selfevo.evaluation.folder import read_answers, read_examples, write_examples
-from selfevo.evaluation.judge import ASPECTS
 from selfevo.evaluation.score import compare_models, score_answers
 from selfevo.files import FileError, read_json, read_jsonl, write_jsonl
 from selfevo.lora import load_adapter
@@ -155,22 +156,59 @@ def test_bad_input_is_one_sentence(run: Path, tmp_path: Path, arguments: list[st
 
 
 def test_a_run_is_judged_and_compared_with_people_and_the_second_time_is_free(run: Path, server: Server) -> None:
-    server.script = [says(json.dumps({a.name: {"reason": "r", "score": 1 + i % 5} for i, a in enumerate(ASPECTS)}))]
+    def by_length(handler: Any) -> None:
+        asked = server.requests[-1]["messages"][1]["content"]
+        says(json.dumps({"explanation": "e", "score": 1 + len(asked) % 5}))(handler)
+
+    server.script = [by_length]
     people = run / "people.jsonl"
     examples = read_examples(run / "eval")
-    write_jsonl(people, [{"model": "M1", "id": e.id, "scores": {"Fluency": 2 + i % 2}} for i, e in enumerate(examples)])
+    scores = [{"Empathy": 1 + i % 2, "Overall": 3} for i in range(len(examples))]
+    write_jsonl(people, [{"model": "M1", "id": e.id, "scores": s} for e, s in zip(examples, scores)])
     arguments = [str(run), "--judge-url", server.url, "--judge", "j", "--human", str(people)]
     done = example("judge", *arguments)
     assert done.returncode == 0, done.stderr
     asked = len(server.requests)
-    assert 0 < asked <= 3 * len(examples)
-    assert f"| M1 | 1.00 | 2.00 | 3.00 | 4.00 | 5.00 | 1.00 | 2.00 | {len(examples)} | none |" in done.stdout
-    assert f"| Fluency | - | - to - | {len(examples)} |" in done.stdout  # a judge without variation
-    summary = read_json(run / "eval" / "M1.judge.json")
-    assert summary["scores"]["Overall"] == {"mean": 2.0, "interval": [2.0, 2.0]}
-    assert {r["reasons"]["Fluency"] for r in read_jsonl(run / "eval" / "M1.judge.jsonl")} == {"r"}
+    assert 0 < asked <= 3 * 7 * len(examples)
+    assert {request["top_k"] for request in server.requests} == {50}
+    head, _, *rows, correlations = [
+        line.strip("| ").split(" | ") for line in done.stdout.split("\n\n")[0].splitlines() if "|" in line
+    ]
+    names = ["Coherence", "Understanding", "Empathy", "Engagement", "Informativeness", "Helpfulness", "Overall"]
+    assert head == ["model", *names, "judged", "failures"]
+    assert [(row[0], row[8:]) for row in rows] == [(f"M{i}", [str(len(examples)), "none"]) for i in range(3)]
+    judged = {record["id"]: record for record in read_jsonl(run / "eval" / "M1.judge.jsonl")}
+    expected = np.corrcoef([judged[e.id]["scores"]["Empathy"] for e in examples], [s["Empathy"] for s in scores])[0, 1]
+    assert correlations[0] == "Pearson r"
+    assert correlations[3].startswith(f"{expected:.2f} (")
+    assert correlations[3].endswith(f", {len(examples)})")
+    assert correlations[7] == "–"  # people without variation
+    assert {record["reasons"]["Overall"] for record in judged.values()} == {"e"}
     assert example("judge", *arguments).stdout == done.stdout
     assert len(server.requests) == asked
+
+
+def test_contexts_are_drawn_at_random_and_are_the_same_for_every_model(run: Path, server: Server) -> None:
+    server.script = [says(json.dumps({"explanation": "e", "score": 3}))]
+    drawn = []
+    for seed in "0", "0", "1":
+        arguments = ["--judge", "j", "--contexts", "3", "--seed", seed, "--aspects", "personalisation"]
+        assert example("judge", str(run), "--judge-url", server.url, *arguments).returncode == 0
+        ids = [[r["id"] for r in read_jsonl(run / "eval" / f"M{i}.judge.jsonl")] for i in range(3)]
+        assert ids[0] == ids[1] == ids[2]
+        drawn.append(ids[0])
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len(drawn[0]) == 3
+    assert drawn[0] != [e.id for e in read_examples(run / "eval")[:3]]
+
+
+def test_a_judge_of_whom_nothing_can_be_used_is_an_error(run: Path, server: Server) -> None:
+    server.script = [says("no JSON")]
+    arguments = ["--judge", "j", "--contexts", "2", "--aspects", "personalisation", "--models", "M1"]
+    done = example("judge", str(run), "--judge-url", server.url, *arguments)
+    assert done.returncode == 1
+    assert "| M1 | – | 0 | given_up 2, not_json 6 |" in done.stderr
+    assert "no reply could be judged" in done.stderr
 
 
 @pytest.mark.parametrize(

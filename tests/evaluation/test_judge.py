@@ -15,8 +15,8 @@ from chat_server import Server, completion, cut_off, example, hang_up, raw, says
 from selfevo.evaluation.ask_json import Answer, UnusableAnswerError, ask_json, json_object
 from selfevo.evaluation.endpoint import Endpoint, EndpointError, EndpointSettings
 from selfevo.evaluation.judge import (
-    ASPECTS,
     Aspect,
+    Judgement,
     judge_prompt,
     judge_replies,
     load_aspects,
@@ -28,6 +28,7 @@ from selfevo.files import FileError, read_jsonl, write_json
 from selfevo.generate import Sampling
 from selfevo.models import load_model, load_tokenizer
 
+ASPECTS = load_aspects("paper")
 GOOD = json.dumps({aspect.name: {"reason": "so", "score": 3} for aspect in ASPECTS})
 QUESTION = [{"role": "user", "content": "hello"}]
 
@@ -98,7 +99,11 @@ def test_what_may_pass_is_tried_again_and_reported_when_it_does_not(
     server.met.clear()
     server.script = [failure]
     endpoint = server.endpoint(tmp_path / "b.jsonl", tries=2)
-    assert endpoint.answer([QUESTION]) == [Answer(None, reason)]
+    if reason == "connection":
+        with pytest.raises(EndpointError, match="'connection'"):
+            endpoint.answer([QUESTION])
+    else:
+        assert endpoint.answer([QUESTION]) == [Answer(None, reason)]
     assert len(server.requests) == 4
     assert not (tmp_path / "b.jsonl").exists()  # a failure is never kept
 
@@ -141,6 +146,13 @@ def test_a_server_that_is_not_there_is_given_up(tmp_path: Path, quick: list[floa
     settings = EndpointSettings("http://127.0.0.1:9/v1", "m", concurrency=2, tries=2, timeout=0.5)
     with pytest.raises(EndpointError, match=r"no answer to the first 4 requests.*is the server running"):
         Endpoint(settings, tmp_path / "c.jsonl").answer([[{"role": "user", "content": str(i)}] for i in range(50)])
+
+
+def test_a_few_requests_are_enough_where_nobody_listens(tmp_path: Path, quick: list[float]) -> None:
+    endpoint = Endpoint(EndpointSettings("http://127.0.0.1:9/v1", "m", timeout=0.5), tmp_path / "c.jsonl")
+    with pytest.raises(EndpointError, match=r"no answer to the first 1 requests.*'connection'"):
+        endpoint.answer([QUESTION])
+    assert len(quick) == 5
 
 
 def test_a_missing_client_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,8 +218,8 @@ def test_every_way_of_answering_wrongly_is_counted_and_asked_again(server: Serve
         says(f"```json\n{json.dumps(values)}\n```"),
     ]
     counts: Counter[str] = Counter()
-    (judged,) = judge_replies(server.endpoint(tmp_path / "c.jsonl"), [(example("a"), "reply")], counts)
-    assert judged is not None
+    endpoint = server.endpoint(tmp_path / "c.jsonl")
+    (judged,) = judge_replies(endpoint, [(example("a"), "reply")], counts, aspects=ASPECTS, joint=True)
     assert judged.scores == {aspect.name: 4 for aspect in ASPECTS}
     assert counts == {"not_json": 1, "score_out_of_range": 1, "answered": 1, "given_up": 0}
 
@@ -215,19 +227,20 @@ def test_every_way_of_answering_wrongly_is_counted_and_asked_again(server: Serve
 def test_what_cannot_be_judged_is_given_up_and_told(server: Server, tmp_path: Path) -> None:
     def by_content(handler: Any) -> None:
         asked = server.requests[-1]["messages"][1]["content"]
-        behave = says(GOOD) if "good reply" in asked else says(GOOD, "length") if "long" in asked else raw(b"", 400)
+        behave = says(GOOD) if "good reply" in asked else says(GOOD, "length") if "xxlong" in asked else raw(b"", 400)
         behave(handler)
 
     server.script = [by_content]
     counts: Counter[str] = Counter()
-    answers = [(example("a"), "good reply"), (example("b"), "long"), (example("c"), "bad")]
-    judged = judge_replies(server.endpoint(tmp_path / "c.jsonl", concurrency=1), answers, counts)
-    assert [j is not None for j in judged] == [True, False, False]
+    answers = [(example("a"), "good reply"), (example("b"), "xxlong"), (example("c"), "bad")]
+    endpoint = server.endpoint(tmp_path / "c.jsonl", concurrency=1)
+    judged = judge_replies(endpoint, answers, counts, aspects=ASPECTS, joint=True)
+    assert [bool(j.scores) for j in judged] == [True, False, False]
     assert counts == {"cut_at_limit": 3, "http_400": 3, "answered": 1, "given_up": 2}
     summary = summarise(judged, [e.dialogue for e, _ in answers], counts)
     assert summary["answered"] == 1
     assert summary["failures"] == {"cut_at_limit": 3, "given_up": 2, "http_400": 3}
-    assert summary["scores"]["Empathy"] == {"mean": 3.0, "interval": [3.0, 3.0]}
+    assert summary["scores"]["Empathy"] == {"mean": 3.0, "interval": [3.0, 3.0], "replies": 1}
 
 
 @pytest.mark.parametrize(
@@ -242,13 +255,41 @@ def test_what_cannot_be_judged_is_given_up_and_told(server: Server, tmp_path: Pa
         (GOOD.replace('"score": 3', '"score": 3.5', 1), "score_not_a_whole_number"),
         (GOOD.replace('"score": 3', '"score": "3"', 1), "score_not_a_whole_number"),
         (GOOD.replace('"score": 3', '"score": true', 1), "score_not_a_whole_number"),
-        (GOOD.replace('"Empathy"', '"Empathie"'), "aspect_missing"),
+        (GOOD.replace('"Empathy"', '"Empathie"'), "score_missing"),
         (GOOD[:-1] + ', "Humour": {"score": 3}}', "unknown_aspect"),
     ],
 )
 def test_judgements_are_read_strictly(text: str, reason: str) -> None:
     with pytest.raises(UnusableAnswerError, match=f"^{reason}$"):
         read_judgement(json_object(text), ASPECTS)
+
+
+def test_each_aspect_is_a_request_of_its_own(server: Server, tmp_path: Path) -> None:
+    def by_aspect(handler: Any) -> None:
+        asked = server.requests[-1]["messages"][1]["content"]
+        (place,) = [i for i, aspect in enumerate(ASPECTS) if f"\n{aspect.name}. " in asked]
+        says("?" if place == 1 else json.dumps({"Explanation": "so", "Score": 1 + place % 5}))(handler)
+
+    server.script = [by_aspect]
+    counts: Counter[str] = Counter()
+    endpoint = server.endpoint(tmp_path / "c.jsonl")
+    (judged,) = judge_replies(endpoint, [(example("a"), "reply")], counts, aspects=ASPECTS)
+    expected = {aspect.name: 1 + place % 5 for place, aspect in enumerate(ASPECTS) if place != 1}
+    assert judged == Judgement(expected, dict.fromkeys(expected, "so"))
+    assert counts == {"not_json": 3, "answered": 6, "given_up": 1}
+    assert summarise([judged], ["d"], counts)["scores"].keys() == expected.keys()
+
+
+def test_a_server_that_refuses_top_k_is_asked_without_it(server: Server, tmp_path: Path) -> None:
+    def openai(handler: Any) -> None:
+        known = "top_k" not in server.requests[-1]
+        (says("ok") if known else raw(b'{"error": {"message": "Unknown parameter: top_k"}}', 400))(handler)
+
+    server.script = [openai]
+    conversations = [[{"role": "user", "content": str(i)}] for i in range(6)]
+    answers = server.endpoint(tmp_path / "c.jsonl", concurrency=3).answer(conversations)
+    assert answers == [Answer("ok")] * 6
+    assert "top_k" not in server.requests[-1]
 
 
 def test_a_request_shows_the_conversation_the_reply_and_every_criterion() -> None:
@@ -259,14 +300,34 @@ def test_a_request_shows_the_conversation_the_reply_and_every_criterion() -> Non
     assert "my reply" in request["content"]
     assert "SYS" not in request["content"]
     for aspect in ASPECTS:
-        assert all(part in request["content"] for part in (aspect.name, aspect.lowest, aspect.highest, aspect.cap))
+        parts = (aspect.name, aspect.question, *aspect.levels.values(), *aspect.caps)
+        assert all(part in request["content"] for part in parts)
 
 
-def test_aspects_can_come_from_a_file(tmp_path: Path) -> None:
+def test_the_papers_aspects_have_five_levels_and_caps() -> None:
+    assert [aspect.name for aspect in ASPECTS] == [
+        "Coherence", "Understanding", "Empathy", "Engagement", "Informativeness", "Helpfulness", "Overall",
+    ]  # fmt: skip
+    assert all(set(aspect.levels) == {1, 2, 3, 4, 5} and len(aspect.caps) >= 3 for aspect in ASPECTS)
+    assert [aspect.name for aspect in load_aspects("personalisation")] == ["Personalisation"]
+    assert len(load_aspects("decoupled")) == 4
+
+
+def test_aspects_can_come_from_a_file_also_in_the_form_of_0_1(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", [{"name": "Wit", "levels": {"1": "dull", "5": "bright"}}])
+    expected = (Aspect("Wit", "", {1: "dull", 5: "bright"}),)
+    assert load_aspects(tmp_path / "a.json") == expected
     write_json(tmp_path / "a.json", [{"name": "Wit", "lowest": "dull", "highest": "bright"}])
-    assert load_aspects(tmp_path / "a.json") == (Aspect("Wit", "dull", "bright"),)
-    write_json(tmp_path / "b.json", [{"name": "Wit"}])
-    with pytest.raises(FileError, match=r"b.json, entry 0: expected name, lowest, highest"):
+    assert load_aspects(tmp_path / "a.json") == expected
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"name": "Wit"}, {"levels": {"1": "x"}}, {"name": "Wit", "levels": {"6": "x"}}, {"name": "Wit", "levels": []}, 3],
+)
+def test_a_bad_aspect_is_named(tmp_path: Path, bad: Any) -> None:
+    write_json(tmp_path / "b.json", [bad])
+    with pytest.raises(FileError, match=r"b.json, entry 0: expected name, levels"):
         load_aspects(tmp_path / "b.json")
 
 
