@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from selfevo.evaluation.folder import read_replies, stage_names
 from selfevo.evaluation.report.analysis import Embed, Summary, analyse_pairs, frequent_phrases, phrase_shares
-from selfevo.evaluation.report.figures import figures_available, pair_figures, phrases_figure, training_figures
+from selfevo.evaluation.report.figures import pair_figures, phrases_figure, training_figures
 from selfevo.evaluation.report.samples import sample_answers, sample_pairs
 from selfevo.evaluation.report.score_tables import judge_table, score_tables
 from selfevo.evaluation.tables import interval_text
@@ -40,7 +40,7 @@ def write_report(run: Path, *, embed: Embed | None = None) -> Path:
     settings = config["settings"]
     if "iterations" not in settings:
         raise ValueError(f"{run}: is a run of something else than the loop; its tables are in {run / 'eval'}")
-    draw, compare = figures_available(), find_spec("sklearn") is not None
+    draw, compare = (find_spec(name) is not None for name in ("matplotlib", "sklearn"))
     replies = {stage: read_replies(path) for stage, path in _present(run, stages, "eval/{}.replies.jsonl").items()}
     models = [f"M{t}" for t in range(settings["iterations"] + 1)]
     sections = {
