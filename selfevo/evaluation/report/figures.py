@@ -88,10 +88,9 @@ def pair_figures(measure: str, analyses: Sequence[PairAnalysis]) -> list[Drawing
         chosen, rejected = one.chosen_relevance.values, one.rejected_relevance.values
         relevance[one.stage] = [("chosen", BLUE, chosen), ("rejected", ORANGE, rejected)]
         similarity[one.stage] = [("pairs", GREEN, one.similarity.values)]
+    caption = f"Relevance of replies ({measure}); dashed: means"
     return [
-        _histograms(
-            f"Relevance of replies ({measure}); dashed: means", "relevance to the user's statements", relevance
-        ),
+        _histograms(caption, "relevance to the user's statements", relevance),
         _histograms(f"Similarity within pairs ({measure})", "similarity of chosen and rejected", similarity),
     ]
 

@@ -7,17 +7,16 @@ the same folder always gives the same page. What is said and how it is laid out 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from selfevo.evaluation.folder import read_replies, stage_names
-from selfevo.evaluation.report.analysis import Embed, Summary, analyse_pairs, frequent_phrases, phrase_shares
+from selfevo.evaluation.report.analysis import Embed, analyse_pairs, frequent_phrases, phrase_shares
 from selfevo.evaluation.report.figures import pair_figures, phrases_figure, training_figures
 from selfevo.evaluation.report.samples import sample_answers, sample_pairs
 from selfevo.evaluation.report.score_tables import judge_table, score_tables
-from selfevo.evaluation.tables import interval_text
 from selfevo.files import read_json, read_jsonl, write_text
 
 if TYPE_CHECKING:
@@ -41,18 +40,19 @@ def write_report(run: Path, *, embed: Embed | None = None) -> Path:
     if "iterations" not in settings:
         raise ValueError(f"{run}: is a run of something else than the loop; its tables are in {run / 'eval'}")
     draw, compare = (find_spec(name) is not None for name in ("matplotlib", "sklearn"))
-    replies = {stage: read_replies(path) for stage, path in _present(run, stages, "eval/{}.replies.jsonl").items()}
     models = [f"M{t}" for t in range(settings["iterations"] + 1)]
+    steps = _present(run, stages, "{}/metrics.jsonl", read_jsonl)
+    replies = _present(run, stages, "eval/{}.replies.jsonl", read_replies)
     sections = {
         "Scores": score_tables(run / "eval"),
         "Judge": judge_table(run / "eval"),
-        "Training": _training(run, stages, draw),
+        "Training": [(name, own, training_figures(name, own) if draw else []) for name, own in steps.items() if own],
         "Preference pairs": _pairs(run, embed, draw) if compare else None,
         "Phrases": _phrases(replies, draw),
         "Replies side by side": sample_answers(run / "eval", replies),
         "From reply to refinement": sample_pairs(run, stages),
         "Data": _data(run),
-        "Settings": config | {"settings": {name: _listed(value) for name, value in settings.items()}},
+        "Settings": config,
     }
     html = template.render(
         title=f"Run {run.resolve().name}",
@@ -60,9 +60,9 @@ def write_report(run: Path, *, embed: Embed | None = None) -> Path:
         settings=settings,
         stages=stages,
         missing=[name for name in models if not (run / "eval" / f"{name}.json").is_file()],
+        sections={heading: content for heading, content in sections.items() if content},
         draw=draw,
         compare=compare,
-        sections={heading: content for heading, content in sections.items() if content},
     )
     path = run / "report.html"
     write_text(path, _UNPRINTABLE.sub("\ufffd", html))
@@ -81,27 +81,10 @@ def _template() -> Template:
     return environment.get_template("page.html")
 
 
-def _present(run: Path, stages: Sequence[str], pattern: str) -> dict[str, Path]:
-    """The file of each stage that has one; ``pattern`` has ``{}`` for the stage."""
+def _present(run: Path, stages: Sequence[str], pattern: str, read: Callable[[Path], Any]) -> dict[str, Any]:
+    """The content of a file of each stage that has it; in the ``pattern`` of its path ``{}`` stands for the stage."""
     paths = {stage: run / pattern.format(stage) for stage in stages}
-    return {stage: path for stage, path in paths.items() if path.is_file()}
-
-
-def _training(run: Path, stages: Sequence[str], draw: bool) -> dict[str, Any] | None:
-    stored = {stage: read_jsonl(path) for stage, path in _present(run, stages, "{}/metrics.jsonl").items()}
-    records = {stage: steps for stage, steps in stored.items() if steps}
-    rows = []
-    for stage, steps in records.items():
-        best = min(
-            (step for step in steps if "held_out" in step), key=lambda step: step["held_out"]["loss"], default=None
-        )
-        held = [f"{best['held_out']['loss']:.3f}", best["step"] + 1] if best else ["–", "–"]
-        accuracy = f"{best['held_out']['accuracy']:.2f}" if best and "accuracy" in best["held_out"] else "–"
-        losses = f"{steps[0]['loss']:.3f}", f"{steps[-1]['loss']:.3f}"
-        minutes = f"{sum(step['seconds'] for step in steps) / 60:.1f}"
-        rows.append([stage, len(steps), *losses, *held, accuracy, minutes])
-    figures = {stage: training_figures(stage, steps) for stage, steps in records.items()} if draw else {}
-    return {"rows": rows, "figures": figures} if rows else None
+    return {stage: read(path) for stage, path in paths.items() if path.is_file()}
 
 
 def _pairs(run: Path, embed: Embed | None, draw: bool) -> dict[str, Any] | None:
@@ -109,35 +92,17 @@ def _pairs(run: Path, embed: Embed | None, draw: bool) -> dict[str, Any] | None:
     analyses = analyse_pairs(run)
     if not analyses:
         return None
-    measures = {"TF-IDF": analyses}
+    by_measure = {"TF-IDF": analyses}
     if embed is not None:
-        measures["mean hidden states"] = analyse_pairs(run, embed=embed)
-    similarities = []
-    for measure, values in measures.items():
-        rows = []
-        for one in values:
-            cosines = one.chosen_relevance, one.rejected_relevance, one.relevance_gain, one.similarity
-            rows.append([one.stage, len(one.similarity.values), *(_summary_cell(values, 3) for values in cosines)])
-        figures = pair_figures(measure, values) if draw else []
-        similarities.append({"measure": measure, "rows": rows, "figures": figures})
-    lengths = [
-        [one.stage, *(_summary_cell(words, 1) for words in (one.chosen_length, one.rejected_length, one.golden_length))]
-        for one in analyses
-    ]
-    stages = [one.stage for one in analyses]
-    changed = {stage: read_json(path) for stage, path in _present(run, stages, "{}/filter.json").items()}
+        by_measure["mean hidden states"] = analyse_pairs(run, embed=embed)
+    changed = _present(run, [one.stage for one in analyses], "{}/filter.json", read_json)
     rules = dict.fromkeys(rule for counts in changed.values() for rule in counts)
     return {
-        "similarities": similarities,
-        "lengths": lengths,
+        "analyses": analyses,
+        "measures": [(name, own, pair_figures(name, own) if draw else []) for name, own in by_measure.items()],
         "changed": list(changed),
-        "rules": [[_spaced(rule), *(counts.get(rule, 0) for counts in changed.values())] for rule in rules],
+        "rules": {rule: [counts.get(rule, 0) for counts in changed.values()] for rule in rules},
     }
-
-
-def _summary_cell(summary: Summary, digits: int) -> list[str]:
-    interval = interval_text(summary.low, summary.high, digits)
-    return [f"{summary.mean:.{digits}f}", interval, f"median {summary.median:.{digits}f}"]
 
 
 def _phrases(replies: Mapping[str, Sequence[str | None]], draw: bool) -> list[dict[str, Any]]:
@@ -149,34 +114,18 @@ def _phrases(replies: Mapping[str, Sequence[str | None]], draw: bool) -> list[di
         phrases = [phrase.words for phrase in frequent_phrases(texts[name], TOP_PHRASES)]
         if phrases:
             caption, shares = f"Most frequent phrases of {name}", phrase_shares(texts, phrases)
-            rows = [[phrase, *(f"{100 * own[at]:.1f}" for own in shares.values())] for at, phrase in enumerate(phrases)]
-            figures = [phrases_figure(caption, phrases, shares)] if draw else []
-            found.append({"caption": caption, "models": list(shares), "rows": rows, "figures": figures})
+            drawings = [phrases_figure(caption, phrases, shares)] if draw else []
+            found.append({"caption": caption, "phrases": phrases, "shares": shares, "drawings": drawings})
     return found
 
 
 def _data(run: Path) -> dict[str, Any] | None:
-    """Sizes of the splits, and what cleaning changed in each file."""
+    """Sizes of the splits, and what cleaning changed in each file; names of files go without their folders."""
     if not (run / "data.json").is_file():
         return None
     data = read_json(run / "data.json")
-    sizes = dict(data["sizes"])
+    sizes = data["sizes"]
     if (run / "M0" / "sft.json").is_file():
         sizes |= {f"phase 1, {name}": count for name, count in read_json(run / "M0" / "sft.json").items()}
-    return {
-        "sizes": [[_spaced(name), _listed(value, "{:,}")] for name, value in sizes.items()],
-        "rules": [
-            [f"{Path(source).name}: {_spaced(rule)}", count]
-            for source, counts in data["rules"].items()
-            for rule, count in counts.items()
-        ],
-    }
-
-
-def _spaced(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _listed(value: Any, form: str = "{}") -> str:
-    """A value, or those of a list after one another."""
-    return ", ".join(form.format(part) for part in (value if isinstance(value, list) else [value]))
+    sizes = {name: [size] if isinstance(size, int) else size for name, size in sizes.items()}
+    return {"sizes": sizes, "rules": [(Path(source).name, counts) for source, counts in data["rules"].items()]}

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfevo.datasets.pairs import Pair, read_pairs
+from selfevo.datasets.pairs import read_pairs
 from selfevo.dialogue import to_messages
 from selfevo.evaluation.folder import read_examples
 
@@ -19,19 +19,18 @@ TURNS = 3  # of the context that are shown
 
 
 def sample_answers(folder: Path, replies: Mapping[str, Sequence[str | None]]) -> list[Sample]:
-    """The models' replies to some test turns of an evaluation folder, under the last turns of each context.
-
-    A model that has not answered all of them yet is left out.
-    """
+    """The models' replies to some test turns of an evaluation folder; a model that has not given all is left out."""
     count = max((len(own) for own in replies.values()), default=0)
     examples = read_examples(folder) if count else []
-    samples = []
     step = max(1, count // SAMPLES)
-    for index in range(step // 2, count, step)[:SAMPLES]:
-        answers = {name: own[index] or "(no reply)" for name, own in replies.items() if len(own) == count}
-        turns = to_messages(examples[index].context)[-TURNS:]
-        samples.append({"heading": f"Test turn {index + 1:,} of {count:,}", "turns": turns, "answers": answers})
-    return samples
+    return [
+        {
+            "heading": f"Test turn {index + 1:,} of {count:,}",
+            "turns": to_messages(examples[index].context)[-TURNS:],
+            "answers": {name: own[index] or "(no reply)" for name, own in replies.items() if len(own) == count},
+        }
+        for index in range(step // 2, count, step)[:SAMPLES]
+    ]
 
 
 def sample_pairs(run: Path, stages: Sequence[str]) -> list[Sample]:
@@ -42,19 +41,14 @@ def sample_pairs(run: Path, stages: Sequence[str]) -> list[Sample]:
         pairs = [pair for pair in read_pairs(path) if pair.source == "refined"] if path.is_file() else []
         if pairs:
             pair = pairs[len(pairs) // 2]
+            thought = pair.reflection or {}
+            score = "none" if thought.get("score") is None else f"{thought['score']} of 5"
+            reflection = {**(thought.get("understanding") or {}), "score": score, "feedback": thought.get("feedback")}
             turns = [message for message in pair.prompt if message["role"] != "system"][-TURNS:]
             answers = {
                 "first reply (rejected)": pair.rejected,
-                "reflection": _reflection(pair),
+                "reflection": {name: str(text or "–") for name, text in reflection.items()},
                 "refined (chosen)": pair.chosen,
             }
             samples.append({"heading": f"{stage}, pair {pair.id}", "turns": turns, "answers": answers})
     return samples
-
-
-def _reflection(pair: Pair) -> dict[str, str]:
-    thought = pair.reflection or {}
-    parts = dict(thought.get("understanding") or {})
-    parts["score"] = "none" if thought.get("score") is None else f"{thought['score']} of 5"
-    parts["feedback"] = thought.get("feedback") or ""
-    return {name: str(text) or "–" for name, text in parts.items()}

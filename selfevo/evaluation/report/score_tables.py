@@ -1,7 +1,4 @@
-"""The scores of every model of a run against the golden replies, and by an LLM as judge, as rows of tables.
-
-The cell of a score is a list of texts: its value, its change against the row before, its interval.
-"""
+"""The scores of every model of a run: against the golden replies, and by an LLM as judge."""
 
 from __future__ import annotations
 
@@ -11,7 +8,6 @@ from typing import Any
 
 from selfevo.evaluation.folder import is_stage, stage_order
 from selfevo.evaluation.score import compare_models
-from selfevo.evaluation.tables import interval_text
 from selfevo.files import read_json
 
 JUDGED = ".judge.json"
@@ -32,32 +28,28 @@ def score_tables(folder: Path) -> list[dict[str, Any]]:
 
 
 def _score_table(folder: Path, convention: str, reports: Mapping[str, Any]) -> dict[str, Any]:
-    entries = [(name, score["signature"]) for report in reports.values() for name, score in report["scores"].items()]
-    columns = list(dict.fromkeys(name for name, _ in entries))
-    counts = list(
-        dict.fromkeys(key for report in reports.values() for key, value in report.items() if isinstance(value, int))
-    )
-    rows = []
+    """Per model its scores, and for a stage those of the model before and which of them differ; the small print."""
+    models = []
     names = sorted(reports, key=stage_order)
     for before, name in zip([None, *names], names):
-        scores, earlier, proven = reports[name]["scores"], {}, set()
+        earlier, proven = {}, set()
         if before is not None and is_stage(name):
             earlier, proven = reports[before]["scores"], _significant(folder, before, name, convention)
-        rows.append([name, *(_score_cell(scores.get(c), earlier.get(c), c in proven) for c in columns)])
+        models.append((name, reports[name]["scores"], earlier, proven))
+    entries = [(name, score["signature"]) for report in reports.values() for name, score in report["scores"].items()]
+    counts = dict.fromkeys(
+        key for report in reports.values() for key, value in report.items() if isinstance(value, int)
+    )
     return {
         "convention": convention,
         "turns": ", ".join(sorted({f"{report['replies']:,}" for report in reports.values()})),
         "level": LEVEL,
-        "columns": [_unbroken(name) for name in columns],
-        "rows": rows,
-        "signatures": [(_unbroken(name), signature) for name, signature in dict.fromkeys(entries)],
-        "counts": [key.replace("_", " ") for key in counts],
-        "counted": [[name, *(report.get(key, 0) for key in counts)] for name, report in reports.items()],
+        "columns": list(dict.fromkeys(name for name, _ in entries)),
+        "models": models,
+        "signatures": list(dict.fromkeys(entries)),
+        "counts": list(counts),
+        "counted": {name: [report.get(key, 0) for key in counts] for name, report in reports.items()},
     }
-
-
-def _unbroken(name: str) -> str:
-    return name.replace("-", "\N{NON-BREAKING HYPHEN}")
 
 
 def _significant(folder: Path, before: str, name: str, convention: str) -> set[str]:
@@ -69,26 +61,10 @@ def _significant(folder: Path, before: str, name: str, convention: str) -> set[s
     return {score for score, result in compared.items() if result.p_value < LEVEL}
 
 
-def _score_cell(score: Mapping[str, Any] | None, before: Mapping[str, Any] | None, proven: bool) -> list[str]:
-    if score is None:
-        return ["–"]
-    change = [f"{score['value'] - before['value']:+.2f}{' *' if proven else ''}"] if before else []
-    interval = [interval_text(*score["interval"])] if score.get("interval") else []
-    return [f"{score['value']:.2f}", *change, *interval]
-
-
 def judge_table(folder: Path) -> dict[str, Any] | None:
-    """The means of an LLM judge per aspect, where an evaluation folder holds ``NAME.judge.json``."""
+    """The reports of an LLM judge by model, where an evaluation folder holds ``NAME.judge.json``."""
     paths = {path.name.removesuffix(JUDGED): path for path in folder.glob(f"*{JUDGED}")}
     reports = {name: read_json(paths[name]) for name in sorted(paths, key=stage_order)}
-    if not reports:
-        return None
     aspects = list(dict.fromkeys(aspect for report in reports.values() for aspect in report["scores"]))
-    rows = []
-    for name, report in reports.items():
-        scores = [report["scores"].get(aspect) for aspect in aspects]
-        cells = [[f"{one['mean']:.2f}", interval_text(*one["interval"])] if one else "–" for one in scores]
-        failures = ", ".join(f"{reason} {count:,}" for reason, count in report["failures"].items() if count) or "none"
-        rows.append([name, *cells, report["answered"], failures])
     judges = ", ".join(sorted({str(report["judge"]) for report in reports.values()}))
-    return {"judges": judges, "aspects": aspects, "rows": rows}
+    return {"judges": judges, "aspects": aspects, "reports": reports} if reports else None
