@@ -109,12 +109,11 @@ def hidden_state_embedder(
         result = np.zeros((len(texts), model.config.hidden_size))
         for start in tqdm(range(0, len(order), batch_size), desc="embedding texts", unit="batch", disable=not progress):
             members = order[start : start + batch_size]
-            lengths = torch.tensor([len(ids[index]) for index in members])
             # Pads come last and attention is causal, so no text sees them.
             rows = pad_sequence([torch.tensor(ids[index]) for index in members], batch_first=True)
             states = model.hidden_states(rows.to(model.device)).float().cpu()
-            real = torch.arange(rows.shape[1]) < lengths[:, None]
-            result[members] = ((states * real[:, :, None]).sum(1) / lengths[:, None]).numpy()
+            for index, row in zip(members, states):
+                result[index] = row[: len(ids[index])].mean(0).numpy()
         return result
 
     return embed
@@ -185,7 +184,7 @@ def _analyse(stage: str, pairs: Sequence[Pair], measure: Callable[..., Values], 
     )
 
 
-def phrases_of(text: str, sizes: Sequence[int] = PHRASE_SIZES) -> set[str]:
+def phrases_of(text: str, sizes: Iterable[int] = PHRASE_SIZES) -> set[str]:
     """The distinct runs of ``sizes`` words within a sentence; words are lower-cased and keep their apostrophes."""
     found: set[str] = set()
     for sentence in _SENTENCE_END.split(text.lower().replace("’", "'")):
@@ -206,28 +205,26 @@ def frequent_phrases(replies: Sequence[str], top: int) -> list[Phrase]:
     for index, text in enumerate(replies):
         for phrase in phrases_of(text):
             holders.setdefault(phrase, set()).add(index)
-    around: dict[str, int] = {}
+    around: Counter[str] = Counter()  # of how many replies the most frequent phrase that is a word longer is held by
     for phrase, held in holders.items():
-        words = phrase.split()
-        for part in (" ".join(words[:-1]), " ".join(words[1:])):
-            around[part] = max(around.get(part, 0), len(held))
-    found: list[str] = []
+        for part in (phrase.rpartition(" ")[0], phrase.partition(" ")[2]):
+            around[part] = max(around[part], len(held))
+    found: list[Phrase] = []
     for phrase in sorted(holders, key=lambda phrase: (-len(holders[phrase]), -phrase.count(" "), phrase)):
         held = holders[phrase]
-        listed = any(len(held & holders[other]) >= _SAME * len(held | holders[other]) for other in found)
-        if not listed and around.get(phrase, 0) < _SAME * len(held):
-            found.append(phrase)
+        others = [holders[other.words] for other in found]
+        listed = any(len(held & other) >= _SAME * len(held | other) for other in others)
+        if not listed and around[phrase] < _SAME * len(held):
+            found.append(Phrase(phrase, len(held)))
         if len(found) == top:
             break
-    return [Phrase(phrase, len(holders[phrase])) for phrase in found]
+    return found
 
 
 def phrase_shares(replies: Mapping[str, Sequence[str]], phrases: Sequence[str]) -> dict[str, list[float]]:
     """Per model the share of its replies, 0..1, that hold each of the ``phrases``; one without replies is left out."""
-    sizes = sorted({len(phrase.split()) for phrase in phrases})
-    shares = {}
-    for name, texts in replies.items():
-        held = Counter(phrase for text in texts for phrase in phrases_of(text, sizes))
-        if texts:
-            shares[name] = [held[phrase] / len(texts) for phrase in phrases]
-    return shares
+    sizes = {len(phrase.split()) for phrase in phrases}
+    found = {name: [phrases_of(text, sizes) for text in texts] for name, texts in replies.items() if texts}
+    return {
+        name: [sum(phrase in own for own in held) / len(held) for phrase in phrases] for name, held in found.items()
+    }
