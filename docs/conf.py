@@ -23,7 +23,7 @@ html_theme = "furo"
 html_title = "selfevo"
 
 autodoc_member_order = "bysource"
-autodoc_mock_imports = ["matplotlib", "nltk"]  # extras, which a description does not need
+autodoc_mock_imports = ["jinja2", "matplotlib", "nltk", "sklearn"]  # extras, which a description does not need
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

@@ -2,7 +2,7 @@
 
     python examples/report.py RUN [RUN ...] [--embed]
 
-The page can be written at any time, also while the run goes on. Figures need matplotlib: pip install 'selfevo[report]'.
+The page can be written at any time, also while the run goes on. It needs: pip install 'selfevo[report]'.
 """
 
 from __future__ import annotations

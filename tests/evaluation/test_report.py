@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -20,18 +22,17 @@ from selfevo.datasets.prompts import reply_prompt
 from selfevo.dialogue import Example, to_messages
 from selfevo.evaluation.folder import stage_order, write_examples
 from selfevo.evaluation.report import write_report
+from selfevo.evaluation.report.analysis import TfIdf
 from selfevo.evaluation.report.figures import (
     BLUE,
     GREEN,
     GREY,
     ORANGE,
     PURPLE,
-    FiguresError,
-    figures_available,
+    TEXT,
     phrases_figure,
     training_figures,
 )
-from selfevo.evaluation.report.html import element, join, page, section, table
 from selfevo.evaluation.score import score_answers
 from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, read_corpus
 from selfevo.evolve.run import open_run
@@ -40,7 +41,8 @@ from selfevo.generate import Reply
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "report.py"
 ATTACK = "<script>alert('x')</script> & \"so\" </div>"
-VOID = {"meta"}
+VOID = {"meta", "img"}
+SVG = "data:image/svg+xml;base64,"
 
 
 class Page(HTMLParser):
@@ -62,8 +64,7 @@ class Page(HTMLParser):
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if "svg" not in self.open:
-            self.wrong.append(f"<{tag}/> outside of a drawing")
+        self.wrong.append(f"<{tag}/>")
 
     def handle_endtag(self, tag: str) -> None:
         if not self.open or self.open.pop() != tag:
@@ -154,6 +155,13 @@ def read_page(run: Path) -> Page:
     return Page(write_report(run).read_text(encoding="utf-8"))
 
 
+def drawings(page: Page) -> list[str]:
+    """The SVG of every image of a page."""
+    sources = [str(attributes["src"]) for attributes in page.tags("img")]
+    assert all(source.startswith(SVG) for source in sources)
+    return [base64.b64decode(source.removeprefix(SVG), validate=True).decode() for source in sources]
+
+
 def headings(page: Page) -> list[str]:
     names = ["scores", "judge", "training", "preference-pairs", "phrases", "replies-side-by-side"]
     names += ["from-reply-to-refinement", "data", "settings"]
@@ -168,8 +176,8 @@ def test_a_whole_run_gives_every_section_and_every_figure(html: str) -> None:
         "scores", "training", "preference-pairs", "phrases", "replies-side-by-side", "from-reply-to-refinement", "data",
         "settings",
     ]  # fmt: skip
-    assert len(found.tags("svg")) == 1 + 4 + 4 + 2 + 2
-    assert len(found.tags("figure")) == len(found.tags("figcaption")) == len(found.tags("svg"))
+    assert len(found.tags("img")) == 1 + 4 + 4 + 2 + 2
+    assert len(found.tags("figure")) == len(found.tags("figcaption")) == len(found.tags("img"))
     assert "unfinished" not in found.content
 
 
@@ -178,27 +186,39 @@ def test_the_page_is_well_formed_and_needs_nothing_else(html: str) -> None:
     assert html.startswith("<!DOCTYPE html>")
     assert not found.wrong
     assert not found.open
-    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in found.elements}
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in found.elements}
     for tag, attributes in found.elements:
         for name, value in attributes.items():
-            assert not re.search(r"https?:|//|data:|@import", value or ""), (tag, name, value)
+            if (tag, name) != ("img", "src"):
+                assert not re.search(r"https?:|//|data:|@import", value or ""), (tag, name, value)
             assert not name.startswith("on")
     assert not re.search(r"@import|url\(", str(re.search("<style>(.*?)</style>", html, re.DOTALL)))
 
 
-def test_ids_are_unique_and_every_reference_finds_its_target(html: str) -> None:
-    found = Page(html)
-    ids = [attributes["id"] for _, attributes in found.elements if "id" in attributes]
+def references(elements: list[tuple[str, dict[str, Any]]]) -> set[str]:
+    """What the attributes of a document refer to; its ids are unique, and each reference finds one of them."""
+    ids = [attributes["id"] for _, attributes in elements if "id" in attributes]
     assert len(ids) == len(set(ids))
     used = set()
-    for _, attributes in found.elements:
+    for _, attributes in elements:
         for name, value in attributes.items():
-            if name in ("href", "xlink:href"):
-                assert str(value).startswith("#")
-                used.add(str(value)[1:])
+            if name.endswith("href"):
+                assert value.startswith("#")
+                used.add(value[1:])
             used |= set(re.findall(r"url\(#(.*?)\)", value or ""))
+            assert len(re.findall(r"url\(", value or "")) == len(re.findall(r"url\(#", value or ""))
     assert used <= set(ids)
-    assert any(mark.startswith("words-r-") for mark in used)
+    return used
+
+
+def test_ids_are_unique_and_every_reference_finds_its_target(html: str) -> None:
+    found = Page(html)
+    assert references(found.elements) == set(headings(found))
+    for drawing in drawings(found):
+        root = ElementTree.fromstring(drawing)
+        assert references([(element.tag, element.attrib) for element in root.iter()])
+        assert "script" not in {element.tag.rpartition("}")[2] for element in root.iter()}
+        assert "@import" not in drawing
 
 
 def test_the_page_can_be_read_without_looking(html: str) -> None:
@@ -208,9 +228,8 @@ def test_the_page_can_be_read_without_looking(html: str) -> None:
     levels = [int(tag[1]) for tag, _ in found.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert all(next_one <= level + 1 for level, next_one in pairwise(levels))
-    for drawing in found.tags("svg"):
-        assert drawing["role"] == "img"
-        assert drawing["aria-label"]
+    for drawing in found.tags("img"):
+        assert drawing["alt"]
     for box in found.tags("div"):
         if box.get("class") == "scroll":
             assert box["aria-label"]
@@ -308,14 +327,13 @@ def test_without_matplotlib_everything_but_the_figures_is_there(
 ) -> None:
     full = Page(html)
     request.getfixturevalue("no_figures")
-    assert not figures_available()
     found = read_page(run)
     assert headings(found) == headings(full)
-    assert not found.tags("svg")
+    assert not found.tags("img")
     assert not found.tags("figure")
     assert len(found.tags("table")) == len(full.tags("table"))
     assert found.content.count("matplotlib is not installed") == 1
-    with pytest.raises(FiguresError, match=r"pip install 'selfevo\[report\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'selfevo\[report\]'"):
         training_figures("M0", metrics("M0"))
 
 
@@ -326,7 +344,7 @@ def test_embeddings_add_a_table_and_figures_of_their_own(run: Path) -> None:
         return np.ones((len(texts), 3))  # all alike: a histogram without any width
 
     found = Page(write_report(run, embed=embed).read_text())
-    assert len(found.tags("svg")) == 15
+    assert len(found.tags("img")) == 15
     assert "mean hidden states" in found.content
     assert "1.0001.000 to 1.000median 1.000" in found.content
 
@@ -341,11 +359,12 @@ def test_a_control_is_called_one(run: Path) -> None:
     assert "before the control changed them" in found
 
 
-def test_drawings_take_their_ink_from_the_page(html: str) -> None:
-    drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
-    colours = {colour for drawing in drawings for colour in re.findall(r"#[0-9a-f]{6}\b", drawing)}
-    assert colours <= {BLUE, ORANGE, GREY, GREEN, PURPLE}
-    assert all("currentColor" in drawing for drawing in drawings)
+def test_drawings_are_transparent_and_use_colours_for_both_grounds(html: str) -> None:
+    for drawing in drawings(Page(html)):
+        colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", drawing)) - {"none"}
+        assert TEXT in colours
+        assert colours <= {TEXT, BLUE, ORANGE, GREY, GREEN, PURPLE}
+        assert "<text" not in drawing  # paths, so that it looks the same with any font
 
 
 def luminance(colour: str) -> float:
@@ -370,31 +389,65 @@ def test_lines_and_text_have_contrast_on_both_grounds(html: str) -> None:
             assert contrast(palette[name], palette["raised"]) >= 4.5
         for colour in (BLUE, ORANGE, GREY, GREEN, PURPLE):
             assert contrast(colour, ground) >= 3, colour
+        assert contrast(TEXT, ground) >= 4.2  # no colour has more than 4.21 on both
 
 
 def test_phrases_in_scripts_that_no_font_here_has_are_drawn_without_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawn = phrases_figure(["пять 五 五", "x < y"], {"M0": [0.5, 0.1], "M1": [0.0, 0.2]}, "phrases")
-    assert "五" in drawn
-    assert "x &lt; y" in drawn
+        shares = {"M0": [0.5, 0.1], "M1": [0.0, 0.2]}
+        drawn = phrases_figure("Phrases & more", ["пять 五 五", "x < y"], shares)
+    assert drawn["caption"] == "Phrases & more"
+    assert ElementTree.fromstring(base64.b64decode(drawn["source"].removeprefix(SVG))).tag.endswith("svg")
 
 
+@pytest.mark.usefixtures("no_figures")
 @pytest.mark.parametrize("text", [ATTACK, "\x00\x1b[31m", "\ud800", "a\nb\tc"])
-def test_text_is_escaped_and_cleared_of_what_html_cannot_hold(text: str) -> None:
-    html = page("title", section("One", table("A caption. More.", ["head"], [["row", text]]), element("p", text)))
-    html.encode()
-    found = Page(html)
+def test_text_is_escaped_and_cleared_of_what_html_cannot_hold(run: Path, text: str) -> None:
+    replies = read_jsonl(run / "eval" / "M2.replies.jsonl")
+    for reply in replies:
+        reply["text"] = text
+    # Not by write_jsonl, which replaces halves of surrogate pairs itself.
+    (run / "eval" / "M2.replies.jsonl").write_text("".join(json.dumps(reply) + "\n" for reply in replies))
+    write_json(run / "eval" / "M1.judge.json", {"judge": text, "answered": 1, "failures": {}, "scores": {}})
+    found = read_page(run)
     assert not found.wrong
-    assert found.content.count(re.sub("[\x00\x1b\ud800]", "\ufffd", text)) == 2
+    shown = re.sub("[\x00\x1b\ud800]", "\ufffd", text)
+    assert found.content.count(f"M2{shown}") == 4
+    assert f"Mean scores by the judge {shown}. Under each" in found.content
 
 
-def test_attributes_are_escaped_and_markup_is_not_escaped_twice() -> None:
-    inner = element("b", "a < b")
-    assert join("x & ", inner) == "x &amp; <b>a &lt; b</b>"
-    assert element("a.one.two", attributes={"href": '"><script>'}) == (
-        '<a class="one two" href="&quot;&gt;&lt;script&gt;"></a>'
-    )
+@pytest.mark.usefixtures("no_figures")
+def test_attributes_are_escaped(run: Path) -> None:
+    judge = "\"><script>'&lt;"
+    write_json(run / "eval" / "M1.judge.json", {"judge": judge, "answered": 1, "failures": {}, "scores": {}})
+    found = read_page(run)
+    assert not found.tags("script")
+    assert [box["aria-label"] for box in found.tags("table")].count(f"Mean scores by the judge {judge}") == 1
+
+
+def test_without_scikit_learn_pairs_are_not_compared(
+    run: Path, html: str, no_figures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
+    found = read_page(run)
+    assert headings(found) == [heading for heading in headings(Page(html)) if heading != "preference-pairs"]
+    assert found.content.count("scikit-learn is not installed (pip install 'selfevo[report]')") == 1
+    with pytest.raises(ValueError, match=r"pip install 'selfevo\[report\]'"):
+        TfIdf(["a text"])
+
+
+def test_without_jinja_no_page_is_written(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    with pytest.raises(ValueError, match=r"needs Jinja2.*pip install 'selfevo\[report\]'"):
+        write_report(run)
+
+
+def test_importing_the_evaluation_loads_none_of_the_extras() -> None:
+    extras = "{'jinja2', 'matplotlib', 'sklearn'}"
+    code = f"import sys; import selfevo.evaluation.report; sys.exit(bool({extras} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_stages_come_by_number_and_before_other_names() -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from selfevo.datasets.pairs import Pair, read_pairs
@@ -68,44 +70,27 @@ class TfIdf:
     """Cosines between texts as bags of words, rare words weighing more.
 
     A text's weight for a word is its count in the text times ln((1 + M) / (1 + m)) + 1, where m of the M ``documents``
-    hold the word; words are those of ``tokenize_words`` (lower-cased). A word that no document holds is ignored. This
-    is scikit-learn's ``TfidfVectorizer`` with that tokenizer.
+    hold the word; words are those of ``tokenize_words`` (lower-cased). A word that no document holds is ignored.
+    Raises ValueError where scikit-learn is not installed.
     """
 
     def __init__(self, documents: Sequence[str]) -> None:
-        # No sets: their order, and so the rounding of sums, would change from process to process.
-        held = Counter(word for text in documents for word in dict.fromkeys(tokenize_words(text)))
-        self._index = {word: index for index, word in enumerate(held)}
-        counts = np.fromiter(held.values(), dtype=np.float64, count=len(held))
-        self._idf = np.log((1 + len(documents)) / (1 + counts)) + 1
+        try:
+            from sklearn.feature_extraction.text import TfidfVectorizer
+        except ImportError as error:
+            raise ValueError("TF-IDF comes from scikit-learn: pip install 'selfevo[report]'") from error
+        vectorizer = TfidfVectorizer(tokenizer=tokenize_words, token_pattern=None, lowercase=False)
+        # It refuses documents without any word.
+        self._vectorizer = vectorizer.fit(documents) if any(map(tokenize_words, documents)) else None
 
     def __call__(self, left: Sequence[str], right: Sequence[str]) -> Values:
         """N texts and N texts -> (N,) cosines, 0..1; 0 where one of the two has no known word."""
         if len(left) != len(right):
             raise ValueError(f"texts should come in pairs; there are {len(left)} and {len(right)}")
-        (keys, weights), (other_keys, other_weights) = self._vectors(left), self._vectors(right)
-        shared, at, other_at = np.intersect1d(keys, other_keys, assume_unique=True, return_indices=True)
-        products = weights[at] * other_weights[other_at]
-        cosines = np.bincount(shared // self._size, weights=products, minlength=len(left))
-        return np.minimum(cosines, 1.0)  # rounding may exceed it
-
-    @property
-    def _size(self) -> int:
-        return max(1, len(self._index))
-
-    def _vectors(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], Values]:
-        """The non-zero entries of the texts' unit vectors: sorted keys (row * vocabulary + word) and weights."""
-        found = [
-            row * self._size + self._index[word]
-            for row, text in enumerate(texts)
-            for word in tokenize_words(text)
-            if word in self._index
-        ]
-        keys, counts = np.unique(np.asarray(found, dtype=np.int64), return_counts=True)
-        rows, words = np.divmod(keys, self._size)
-        weights = counts * self._idf[words]
-        norms = np.sqrt(np.bincount(rows, weights=weights**2, minlength=len(texts)))
-        return keys, weights / norms[rows]
+        if self._vectorizer is None or not left:
+            return np.zeros(len(left))
+        products = self._vectorizer.transform(left).multiply(self._vectorizer.transform(right))
+        return np.minimum(np.asarray(products.sum(axis=1)).ravel(), 1.0)  # rounding may exceed it
 
 
 def hidden_state_embedder(
@@ -124,14 +109,11 @@ def hidden_state_embedder(
         result = np.zeros((len(texts), model.config.hidden_size))
         for start in tqdm(range(0, len(order), batch_size), desc="embedding texts", unit="batch", disable=not progress):
             members = order[start : start + batch_size]
-            lengths = torch.tensor([len(ids[index]) for index in members])
-            rows = torch.zeros(len(members), int(lengths.max()), dtype=torch.int64)
-            for row, index in enumerate(members):
-                rows[row, : lengths[row]] = torch.tensor(ids[index])
             # Pads come last and attention is causal, so no text sees them.
+            rows = pad_sequence([torch.tensor(ids[index]) for index in members], batch_first=True)
             states = model.hidden_states(rows.to(model.device)).float().cpu()
-            real = torch.arange(rows.shape[1]) < lengths[:, None]
-            result[members] = ((states * real[:, :, None]).sum(1) / lengths[:, None]).numpy()
+            for index, row in zip(members, states):
+                result[index] = row[: len(ids[index])].mean(0).numpy()
         return result
 
     return embed
@@ -160,11 +142,13 @@ def analyse_pairs(run: Path, *, embed: Embed | None = None) -> list[PairAnalysis
     the measure is ``TfIdf``; its documents are the statements, the chosen and the rejected reply of every pair of all
     iterations (a text counts as often as it occurs).
     """
-    stored = [(name, run / name / "pairs.jsonl") for name in stage_names(run)]
-    stages = [(name, read_pairs(path)) for name, path in stored if path.is_file()]
-    stages = [(name, pairs) for name, pairs in stages if pairs]
-    tfidf = TfIdf([text for _, pairs in stages for p in pairs for text in (user_statements(p), p.chosen, p.rejected)])
-    return [_analyse(name, pairs, tfidf, embed) for name, pairs in stages]
+    stored = {stage: run / stage / "pairs.jsonl" for stage in stage_names(run)}
+    stages = {stage: pairs for stage, path in stored.items() if path.is_file() and (pairs := read_pairs(path))}
+    measure: Callable[..., Values] = cosines
+    if embed is None:
+        every = [pair for pairs in stages.values() for pair in pairs]
+        measure = TfIdf([text for pair in every for text in (user_statements(pair), pair.chosen, pair.rejected)])
+    return [_analyse(stage, pairs, measure, embed) for stage, pairs in stages.items()]
 
 
 def user_statements(pair: Pair) -> str:
@@ -172,22 +156,20 @@ def user_statements(pair: Pair) -> str:
     return "\n".join(message["content"] for message in pair.prompt if message["role"] == "user")
 
 
-def _analyse(stage: str, pairs: Sequence[Pair], tfidf: TfIdf, embed: Embed | None) -> PairAnalysis:
+def _analyse(stage: str, pairs: Sequence[Pair], measure: Callable[..., Values], embed: Embed | None) -> PairAnalysis:
+    """``measure`` compares embeddings, (N, D) and (N, D), or without ``embed`` texts, N and N."""
     groups = [pair.dialogue for pair in pairs]
-    statements = [user_statements(pair) for pair in pairs]
-    chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
-    if embed is None:
-        relevance, rejected_relevance = tfidf(statements, chosen), tfidf(statements, rejected)
-        similarity = tfidf(chosen, rejected)
-    else:
-        embedded = embed([*statements, *chosen, *rejected])
+    users: Any = [user_statements(pair) for pair in pairs]
+    chosen: Any = [pair.chosen for pair in pairs]
+    rejected: Any = [pair.rejected for pair in pairs]
+    if embed is not None:
+        embedded = embed([*users, *chosen, *rejected])
         if embedded.ndim != 2 or len(embedded) != 3 * len(pairs):
             raise ValueError(f"embed should give (N, D) for N texts, not {embedded.shape} for {3 * len(pairs)}")
-        users, first, second = np.split(embedded, 3)
-        relevance, rejected_relevance = cosines(users, first), cosines(users, second)
-        similarity = cosines(first, second)
+        users, chosen, rejected = np.split(embedded, 3)
+    relevance, rejected_relevance = measure(users, chosen), measure(users, rejected)
 
-    def lengths(texts: Sequence[str]) -> Summary:
+    def lengths(texts: Iterable[str]) -> Summary:
         return summarise(np.array([len(text.split()) for text in texts], dtype=np.float64), groups)
 
     return PairAnalysis(
@@ -195,14 +177,14 @@ def _analyse(stage: str, pairs: Sequence[Pair], tfidf: TfIdf, embed: Embed | Non
         chosen_relevance=summarise(relevance, groups),
         rejected_relevance=summarise(rejected_relevance, groups),
         relevance_gain=summarise(relevance - rejected_relevance, groups),
-        similarity=summarise(similarity, groups),
-        chosen_length=lengths(chosen),
-        rejected_length=lengths(rejected),
-        golden_length=lengths([pair.golden for pair in pairs]),
+        similarity=summarise(measure(chosen, rejected), groups),
+        chosen_length=lengths(pair.chosen for pair in pairs),
+        rejected_length=lengths(pair.rejected for pair in pairs),
+        golden_length=lengths(pair.golden for pair in pairs),
     )
 
 
-def phrases_of(text: str, sizes: Sequence[int] = PHRASE_SIZES) -> set[str]:
+def phrases_of(text: str, sizes: Iterable[int] = PHRASE_SIZES) -> set[str]:
     """The distinct runs of ``sizes`` words within a sentence; words are lower-cased and keep their apostrophes."""
     found: set[str] = set()
     for sentence in _SENTENCE_END.split(text.lower().replace("’", "'")):
@@ -223,28 +205,26 @@ def frequent_phrases(replies: Sequence[str], top: int) -> list[Phrase]:
     for index, text in enumerate(replies):
         for phrase in phrases_of(text):
             holders.setdefault(phrase, set()).add(index)
-    around: dict[str, int] = {}
+    around: Counter[str] = Counter()  # of how many replies the most frequent phrase that is a word longer is held by
     for phrase, held in holders.items():
-        words = phrase.split()
-        for part in (" ".join(words[:-1]), " ".join(words[1:])):
-            around[part] = max(around.get(part, 0), len(held))
-    found: list[str] = []
+        for part in (phrase.rpartition(" ")[0], phrase.partition(" ")[2]):
+            around[part] = max(around[part], len(held))
+    found: list[Phrase] = []
     for phrase in sorted(holders, key=lambda phrase: (-len(holders[phrase]), -phrase.count(" "), phrase)):
         held = holders[phrase]
-        listed = any(len(held & holders[other]) >= _SAME * len(held | holders[other]) for other in found)
-        if not listed and around.get(phrase, 0) < _SAME * len(held):
-            found.append(phrase)
+        others = [holders[other.words] for other in found]
+        listed = any(len(held & other) >= _SAME * len(held | other) for other in others)
+        if not listed and around[phrase] < _SAME * len(held):
+            found.append(Phrase(phrase, len(held)))
         if len(found) == top:
             break
-    return [Phrase(phrase, len(holders[phrase])) for phrase in found]
+    return found
 
 
 def phrase_shares(replies: Mapping[str, Sequence[str]], phrases: Sequence[str]) -> dict[str, list[float]]:
     """Per model the share of its replies, 0..1, that hold each of the ``phrases``; one without replies is left out."""
-    sizes = sorted({len(phrase.split()) for phrase in phrases})
-    shares = {}
-    for name, texts in replies.items():
-        held = Counter(phrase for text in texts for phrase in phrases_of(text, sizes))
-        if texts:
-            shares[name] = [held[phrase] / len(texts) for phrase in phrases]
-    return shares
+    sizes = {len(phrase.split()) for phrase in phrases}
+    found = {name: [phrases_of(text, sizes) for text in texts] for name, texts in replies.items() if texts}
+    return {
+        name: [sum(phrase in own for own in held) / len(held) for phrase in phrases] for name, held in found.items()
+    }
