@@ -138,19 +138,25 @@ def test_conventions_disagree_which_is_why_they_are_named(nltk_data: Path) -> No
 def test_meteor_is_nltks(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    class WordNet:
-        def synsets(self, word: str) -> list[object]:
-            calls.append(word)
-            return []
+    class Lemma:
+        def __init__(self, name: str) -> None:
+            self.name = lambda: name
 
-    monkeypatch.setattr(single_meteor_score, "__defaults__", tuple(
-        WordNet() if type(value).__name__ == "LazyCorpusLoader" else value
-        for value in single_meteor_score.__defaults__ or ()
-    ))  # fmt: skip
+    class Synset:
+        def lemmas(self) -> list[Lemma]:
+            return [Lemma("hear"), Lemma("see"), Lemma("set_about")]
+
+    class WordNet:
+        def synsets(self, word: str) -> list[Synset]:
+            calls.append(word)
+            return [Synset()] if word == "hard" else []
+
+    monkeypatch.setattr(nltk.corpus, "wordnet", WordNet())
     scores = score_replies(HYPOTHESES, REFERENCES, extras=("METEOR",))
+    assert "hard" in calls
     pairs = [(metrics.tokenize_13a(r), metrics.tokenize_13a(h)) for h, r in zip(HYPOTHESES, REFERENCES)]
-    assert scores["METEOR"].value == pytest.approx(100 * fmean(single_meteor_score(r, h) for r, h in pairs))
-    assert calls
+    expected = [100 * single_meteor_score(r, h, wordnet=WordNet()) for r, h in pairs]
+    assert scores["METEOR"].values == pytest.approx(expected)
 
 
 def test_bert_score_is_that_of_the_package(tmp_path: Path) -> None:
