@@ -172,19 +172,18 @@ def score_plans(
     encode = tokenizer.encode_reply
     answers = [encode(f"[{name}]")[:-1] if joint else encode(name) for name in ESCONV_STRATEGIES]
     window = model.config.max_positions - max(map(len, answers))
-    fitted = {index: fit_prompt(tokenizer, prompt, window).ids for index, prompt in enumerate(prompts)}
-    asked = {index: ids for index, ids in fitted.items() if ids is not None}
-    indices = list(asked)
-    items = [[as_ids([*ids, *answer]) for answer in answers] for ids in asked.values()]
+    fitted = [(index, fit_prompt(tokenizer, prompt, window).ids) for index, prompt in enumerate(prompts)]
+    asked = [(index, ids) for index, ids in fitted if ids is not None]
+    items = [[as_ids([*ids, *answer]) for answer in answers] for _, ids in asked]
     plans: list[Plan | None] = [None] * len(prompts)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), tqdm(total=len(items), desc=label, unit="plan") as bar:
             for members in pack(items, max_tokens):
-                own = [indices[member] for member in members]
-                sums, _ = packed_logps(model, [(asked[index], answer) for index in own for answer in answers])
-                for index, row in zip(own, sums.view(len(own), -1).log_softmax(dim=1).cpu()):
+                own = [asked[member] for member in members]
+                sums, _ = packed_logps(model, [(ids, answer) for _, ids in own for answer in answers])
+                for (index, _), row in zip(own, sums.view(len(own), -1).log_softmax(dim=1).cpu()):
                     plans[index] = Plan(ESCONV_STRATEGIES[int(row.argmax())], tuple(row.tolist()))
                 bar.update(len(own))
     finally:
@@ -230,13 +229,11 @@ def plan(
     settings: PlanSettings,
     *,
     joint: bool = False,
-    label: str = "plans",
 ) -> list[Plan | None]:
     """A plan for each prompt, by ``settings``. The model's results are kept in ``path`` and not computed again."""
+    label, sampling = f"plans, {path.parent.name}/{path.stem}", settings.sampling
     if settings.planning == "written":
-        return sample_plans(
-            model, tokenizer, prompts, path, sampling=settings.sampling, slots=settings.slots, label=label
-        )
+        return sample_plans(model, tokenizer, prompts, path, sampling=sampling, slots=settings.slots, label=label)
     if not path.is_file():
         scored = score_plans(model, tokenizer, prompts, joint=joint, max_tokens=settings.max_tokens, label=label)
         write_jsonl(path, [None if found is None else asdict(found) for found in scored])
@@ -244,7 +241,7 @@ def plan(
     if len(records) != len(prompts):
         raise FileError(f"{path}: holds {len(records)} plans where {len(prompts)} are needed; it is of another run")
     plans = [None if record is None else Plan(record["strategy"], tuple(record["logps"])) for record in records]
-    return draw_plans(plans, settings.sampling) if settings.planning == "drawn" else plans
+    return draw_plans(plans, sampling) if settings.planning == "drawn" else plans
 
 
 def respond(
@@ -265,12 +262,8 @@ def respond(
     computed again.
     """
     restore(model, planner)
-    plans = plan(model, tokenizer, [planner_prompt(c) for c in contexts], plans_path, settings, label=plans_path.stem)
+    plans = plan(model, tokenizer, [planner_prompt(c) for c in contexts], plans_path, settings)
     restore(model, generator)
     prompts = [generator_prompt(c, found.known if found else UNKNOWN) for c, found in zip(contexts, plans)]
-    texts = sample_replies(
-        model, tokenizer, prompts, replies_path,
-        sampling=replies.sampling, max_new_tokens=replies.max_new_tokens, slots=replies.slots,
-        label=replies_path.stem,
-    )  # fmt: skip
-    return list(zip(plans, texts))
+    answers = sample_replies(model, tokenizer, prompts, replies_path, **vars(replies), label=replies_path.stem)
+    return list(zip(plans, answers))

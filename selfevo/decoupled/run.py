@@ -189,10 +189,10 @@ def _mine_plans(context: RunContext, turns: list[Labelled], folder: Path, counts
     """Pairs from drawn plans, as published. The likeliest plans would not do: where the human chose otherwise, the
     likeliest strategy would always be the rejected one, also where it is the human choice in most such turns."""
     prompts = [planner_prompt(turn.context) for turn in turns]
-    settings, label = context.config.plans("planner-dpo"), "planner-dpo: the SFT planner's own plans"
+    settings = context.config.plans("planner-dpo")
     if settings.planning == "likeliest":
         settings = replace(settings, planning="drawn")
-    plans = plan(context.model, context.tokenizer, prompts, folder / "plans.jsonl", settings, label=label)
+    plans = plan(context.model, context.tokenizer, prompts, folder / "plans.jsonl", settings)
     return planner_pairs(turns, plans, counts)
 
 
@@ -204,10 +204,8 @@ def _mine_replies(context: RunContext, turns: list[Labelled], folder: Path, coun
 
 def _replies(context: RunContext, prompts: Sequence[list[Message]], path: Path, stage: str) -> list[Reply]:
     settings = context.config.replies.seeded(context.config.seed, "replies", stage)
-    return sample_replies(
-        context.model, context.tokenizer, prompts, path, sampling=settings.sampling,
-        max_new_tokens=settings.max_new_tokens, slots=settings.slots, label=f"replies, {path.parent.name}/{path.stem}",
-    )  # fmt: skip
+    label = f"replies, {path.parent.name}/{path.stem}"
+    return sample_replies(context.model, context.tokenizer, prompts, path, **vars(settings), label=label)
 
 
 def _evaluate_plans(context: RunContext) -> dict[str, Scores]:
@@ -233,15 +231,12 @@ def _plans(context: RunContext, name: str, prompts: Sequence[list[Message]]) -> 
     """A model's likeliest and drawn plans; with ``planning="written"`` also those that a planner writes."""
     restore(context.model, context.run / name)
     joint, settings = name.startswith("joint"), context.config.plans("test")
-    write = settings.planning == "written" and not joint
-    return {
-        f"{name} {planning}": plan(
-            context.model, context.tokenizer, prompts, _plan_file(context.run, name, planning),
-            replace(settings, planning=planning), joint=joint, label=f"plans of {name}",
-        )
-        for planning in PLANNING
-        if planning != "written" or write
-    }  # fmt: skip
+    found = {}
+    for planning in PLANNING:
+        if planning != "written" or (settings.planning == "written" and not joint):
+            path, own = _plan_file(context.run, name, planning), replace(settings, planning=planning)
+            found[f"{name} {planning}"] = plan(context.model, context.tokenizer, prompts, path, own, joint=joint)
+    return found
 
 
 def _plan_file(run: Path, name: str, planning: str) -> Path:
