@@ -63,18 +63,18 @@ def score_replies(
     ``extras`` adds METEOR (with nltk's stemmer and WordNet) and BERTScore (bert-score). Raises ValueError: unusable
     lists, an unknown convention or extra; ScoreError: a package or its data are missing.
     """
-    hyps, refs = list(hypotheses), list(references)
     scores: dict[str, Score] = {}
     for column in columns(convention):
         if column.per_reply:
-            values = [column.measure([hyp], [ref]) for hyp, ref in zip(hyps, refs, strict=True)]
+            values = [column.measure([hyp], [ref]) for hyp, ref in zip(hypotheses, references, strict=True)]
             scores[column.name] = _mean_score(values, column.signature, dialogues)
         else:
-            scores[column.name] = Score(column.measure(hyps, refs), column.signature)
+            scores[column.name] = Score(column.measure(hypotheses, references), column.signature)
     for name in extras:
         if name not in EXTRAS:
             raise ValueError(f"an extra score should be one of {', '.join(EXTRAS)}, not {name!r}")
-        values, signature = _meteor(hyps, refs) if name == "METEOR" else _bert_score(hyps, refs, bert_model)
+        score = _meteor if name == "METEOR" else partial(_bert_score, model=bert_model)
+        values, signature = score(hypotheses, references)
         scores[name] = _mean_score(values, signature, dialogues)
     return scores
 

@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from selfevo import metrics
 from selfevo.evaluation import score_replies
 from selfevo.evaluation.columns import CONVENTIONS, ScoreError
+from selfevo.evaluation.tables import mean_table
 
 HYPOTHESES = ["I am so sorry. That is hard!", "What happened then?", "Yes."]
 REFERENCES = ["I am sorry to hear that.", "And what happened?", "I see, yes."]
@@ -194,3 +195,9 @@ def test_missing_data_and_packages_are_told_in_a_sentence(tmp_path: Path, monkey
 def test_unknown_choices_are_refused(how: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="should be one of"):
         score_replies(HYPOTHESES, REFERENCES, **how)  # type: ignore[arg-type]
+
+
+def test_a_table_of_means_has_the_range_of_several_runs_and_is_empty_without_a_score() -> None:
+    rows = {"one": [{"a": 1.0, "b": 2.0}], "two": [{"a": 1.0}, {"a": 2.0}]}
+    lines = ["| model | a | b |", "|---|---|---|", "| one | 1.0 | 2.0 |", "| two | 1.5 (1.0 to 2.0) |  |"]
+    assert mean_table(rows, digits=1) == "\n".join(lines)
