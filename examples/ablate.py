@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from embedded import show
 
 from selfevo.dialogue import to_messages
 from selfevo.evaluation.folder import read_examples
-from selfevo.evaluation.tables import markdown_table
+from selfevo.evaluation.tables import mean_table
 from selfevo.evolve import EvolveConfig, evolve, load_backbone
 from selfevo.evolve.evaluate import evaluate_model
 from selfevo.evolve.run import check_run
@@ -85,18 +84,6 @@ def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
     return table
 
 
-def summary(runs: Mapping[str, list[Values]]) -> str:
-    """A Markdown table: a row per model, the mean over the seeds and the range where there are several."""
-    columns = list(next(iter(runs.values()))[0])
-    rows = {name: [_cell([scores[column] for scores in seeds]) for column in columns] for name, seeds in runs.items()}
-    return markdown_table(["model", *columns], rows)
-
-
-def _cell(values: list[float]) -> str:
-    spread = f" ({min(values):.1f} to {max(values):.1f})" if len(values) > 1 else ""
-    return f"{sum(values) / len(values):.1f}{spread}"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -126,7 +113,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130
-    table = summary(runs)
+    table = mean_table(runs, digits=1)
     write_text(out / f"{own.what}.md", table + "\n")
     print(f"\n{table}\n\nalso in {out / own.what}.md")
     return 0

@@ -31,11 +31,11 @@ from embedded import strategies
 
 from selfevo.datasets.seeds import derive_seed
 from selfevo.decoupled import DecoupledConfig, decouple
-from selfevo.decoupled.evaluate import table_of
 from selfevo.decoupled.mining import ErrorFinder, find_errors
 from selfevo.evaluation.ask_json import Responder
 from selfevo.evaluation.endpoint import Endpoint, EndpointSettings
 from selfevo.evaluation.local_responder import LocalResponder
+from selfevo.evaluation.tables import mean_table
 from selfevo.evolve import load_backbone
 from selfevo.evolve.run import check_run
 from selfevo.evolve.settings import compose, leaves
@@ -111,14 +111,8 @@ def run_one(config: DecoupledConfig, *, resume: bool) -> dict[str, Any]:
 
 def summary(runs: Sequence[dict[str, Any]]) -> str:
     """Both tables with the mean over the seeds and the range of every cell."""
-    tables = []
-    for kind in runs[0]:
-        rows = {
-            name: {column: [run[kind][name][column] for run in runs if column in run[kind][name]] for column in values}
-            for name, values in runs[0][kind].items()
-        }
-        tables.append(table_of(rows))
-    return "\n\n".join(tables)
+    tables = [{name: [run[kind][name] for run in runs] for name in runs[0][kind]} for kind in runs[0]]
+    return "\n\n".join(map(mean_table, tables))
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
+from itertools import accumulate
 from typing import Literal, TypeVar
 
 __all__ = [
@@ -186,22 +186,13 @@ def split_dialogues(items: Sequence[T], fractions: Sequence[float], *, seed: int
     """
     if not all(fraction > 0 for fraction in fractions) or not math.isclose(sum(fractions), 1):
         raise ValueError(f"the fractions must be positive and sum to 1, got {tuple(fractions)}")
+    # Rounding keeps float noise out of floors and ties: 0.29 * 100 is 28.999999999999996.
+    shares = [round(fraction * len(items), 6) for fraction in fractions]
+    sizes = [math.floor(share) for share in shares]
+    by_remainder = sorted(range(len(sizes)), key=lambda part: round(sizes[part] - shares[part], 6))
+    for part in by_remainder[: len(items) - sum(sizes)]:
+        sizes[part] += 1
     order = list(range(len(items)))
     random.Random(seed).shuffle(order)
-    parts: list[list[T]] = []
-    begin = 0
-    for size in _sizes(len(items), fractions):
-        parts.append([items[index] for index in sorted(order[begin : begin + size])])
-        begin += size
-    return parts
-
-
-def _sizes(total: int, fractions: Sequence[float]) -> list[int]:
-    """Whole numbers nearest to the fractions of ``total`` that sum to it, by the largest remainder."""
-    # 0.29 * 100 is 28.999999999999996: exact fractions keep such noise out of floors and ties.
-    exact = [Fraction(fraction).limit_denominator(10**6) * total for fraction in fractions]
-    sizes = [math.floor(share) for share in exact]
-    by_remainder = sorted(range(len(exact)), key=lambda index: sizes[index] - exact[index])
-    for index in by_remainder[: total - sum(sizes)]:
-        sizes[index] += 1
-    return sizes
+    ends = accumulate(sizes)
+    return [[items[i] for i in sorted(order[end - size : end])] for end, size in zip(ends, sizes)]

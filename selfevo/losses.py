@@ -1,8 +1,8 @@
 """The preference losses, and the sequence log-probabilities that they are made of.
 
-Notation: B sequences, T tokens of a sequence, V vocabulary, D hidden size, N rows (reply tokens, or preference pairs),
-C rows of one chunk. Log-probabilities are natural logarithms, hence at most 0, and are computed in float32 whatever the
-dtype of the model: summed over 200 tokens in bfloat16 they would be spaced one nat apart. float64 stays float64.
+Notation: B sequences, T tokens of a sequence, V vocabulary, D hidden size, N rows (reply tokens, or preference pairs).
+Log-probabilities are natural logarithms, hence at most 0, and are computed in float32 whatever the dtype of the model:
+a bfloat16 sum of about -200 is rounded to whole numbers. float64 stays float64.
 
 Equation numbers are those of Ye et al. 2025, "From Generic Empathy to Personalized Emotional Support".
 """
@@ -45,11 +45,12 @@ def dpo_sft_loss(
 
         loss = mean(-log sigmoid(beta * (D_chosen - D_rejected))) + gamma * mean(sft),   D = policy - reference
 
-    Eq. 6 of the paper is misprinted; this is the loss its text and its toolkit mean. ``sft`` is ``-policy_chosen``,
-    Eq. 7 as printed, or ``-policy_chosen / chosen_lengths``, the mean over each reply's tokens, where the lengths (N,)
-    in tokens are given. Either way pairs are averaged last, so the loss does not depend on how they were batched.
+    Eq. 6 of the paper is misprinted; this is the standard DPO loss, which its text describes. ``sft`` is
+    ``-policy_chosen`` (Eq. 7 as printed), or ``-policy_chosen / chosen_lengths`` (the mean over each reply's tokens) if
+    the lengths (N,), in tokens, are given. Both are then averaged over pairs, so the loss of a batch is the mean of the
+    losses of its pairs.
 
-    Inputs are raised to float32 before any subtraction. The reference is a constant: no gradient flows into it.
+    Inputs are converted to float32 before any subtraction. The reference is a constant: no gradient flows into it.
 
     Raises ValueError for arguments that are empty, not (N,) or of different shapes, lengths below 1, beta <= 0 and
     gamma < 0.
@@ -81,18 +82,16 @@ def dpo_loss(
 ) -> Tensor:
     """Direct preference optimisation (Eq. 6), four (N,) summed log-probabilities -> the mean over pairs, a scalar.
 
-    See :func:`dpo_sft_loss`, of which this is the part without supervision, for the equation and what is raised.
+    The equation and the errors are those of :func:`dpo_sft_loss`.
     """
-    return dpo_sft_loss(
-        policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta, gamma=0.0
-    ).dpo  # fmt: skip
+    return dpo_sft_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=beta).dpo
 
 
 def sequence_logps(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Summed log-probability of each labelled sequence: (B, T, V), (B, T) -> (B,) float32.
 
     ``logits[:, t]`` predict ``labels[:, t + 1]``; the shift happens here. Positions labelled ``ignore_index`` do not
-    count, and their logits get a zero gradient even where they are not finite. A sequence without labels sums to 0.
+    count, and their logits get a zero gradient even if they are not finite. A sequence without labels sums to 0.
 
     Raises ValueError for mismatched shapes and, on a CPU, for labels outside the vocabulary.
     """

@@ -1,9 +1,9 @@
-"""Scores of one system of Decoupled ESC on test turns, its strategies and its replies, and tables of several."""
+"""Scores of a system of Decoupled ESC on test turns: of its strategies and of its replies."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +15,6 @@ from selfevo.decoupled.strategy_metrics import score_strategies
 from selfevo.evaluation.ask_json import Responder
 from selfevo.evaluation.columns import support_columns
 from selfevo.evaluation.judge import judge_replies, load_aspects, summarise
-from selfevo.evaluation.tables import markdown_table
 from selfevo.files import FileError, read_json, write_json
 
 STRATEGY_COLUMNS = {"accuracy": "accuracy", "weighted_f1": "weighted F1", "macro_f1": "macro F1", "bias": "bias"}
@@ -23,9 +22,9 @@ Scores = dict[str, float]
 
 
 def score_plans_of(turns: Sequence[Labelled], plans: Sequence[Plan | None], path: Path) -> Scores:
-    """Scores of predicted strategies, all of which, with the strengths behind the bias, are written to ``path``.
+    """Scores of predicted strategies, written to ``path`` together with the preference strengths.
 
-    Turns that were too long for the model (None) are left out and counted.
+    Turns that were too long for the model (plan None) are left out and counted. Raises FileError if none is left.
     """
     both = [(turn.strategy, plan.strategy) for turn, plan in zip(turns, plans, strict=True) if plan is not None]
     if not both:
@@ -42,10 +41,10 @@ def score_replies_of(
     find_errors: ErrorFinder,
     judge: Responder | None,
 ) -> Scores:
-    """Scores of replies, each with the strategy it was to follow; None where the prompt was too long.
+    """Scores of replies, each given as (strategy it was to follow, text); text None if the prompt was too long.
 
-    Adds the share of replies in which ``find_errors`` finds a psychological error, and the ``judge``'s four aspects.
-    Everything is written to ``path``; a file that is there is read back, so that nobody is asked twice.
+    Includes the share of replies in which ``find_errors`` finds a psychological error, and the ``judge``'s four
+    aspects. All is written to ``path``; an existing file is read back, so that no judge is asked twice.
     """
     if path.is_file():
         stored: Scores = read_json(path)["scores"]
@@ -53,7 +52,7 @@ def score_replies_of(
     answered = [(turn, plan, text) for turn, (plan, text) in zip(turns, replies, strict=True) if text is not None]
     if not answered:
         raise FileError(f"{path}: none of the {len(turns)} test contexts fits into the model's window")
-    texts, golden = [text for _, _, text in answered], [turn.example.golden.text for turn, _, _ in answered]
+    texts, golden = [text for _, _, text in answered], [turn.reply for turn, _, _ in answered]
     columns = support_columns()
     scores = {column.name: column.measure(texts, golden) for column in columns}
     counts: Counter[str] = Counter()
@@ -74,17 +73,3 @@ def score_replies_of(
         scores |= {aspect: score["mean"] for aspect, score in report["judge"]["scores"].items()}
     write_json(path, report | {"scores": scores})
     return scores
-
-
-def table_of(rows: Mapping[str, Mapping[str, float | Sequence[float]]]) -> str:
-    """Markdown: a row per system, empty where it has no such score; of several values the mean and the range."""
-    columns = list(dict.fromkeys(column for values in rows.values() for column in values))
-    cells = {name: [_cell(values[c]) if c in values else "" for c in columns] for name, values in rows.items()}
-    return markdown_table(["model", *columns], cells)
-
-
-def _cell(value: float | Sequence[float]) -> str:
-    if isinstance(value, Sequence):
-        spread = f" ({min(value):.2f} to {max(value):.2f})" if len(value) > 1 else ""
-        return f"{fmean(value):.2f}{spread}"
-    return f"{value:.2f}"

@@ -1,8 +1,8 @@
 """Inferential Preference Mining (Zhang et al. 2025): pairs for DPO from what the SFT planner and generator do wrong.
 
-The planner's wrong predictions are rejected against the human strategies; the generator's replies in which a filter
-finds a psychological error are rejected against human replies in which it finds none. The filter is any
-``ErrorFinder``; ``find_errors`` asks a language model. The kinds of error are theirs, the prompt is our own.
+A wrong prediction of the planner is rejected and the human strategy chosen; a reply of the generator in which a filter
+finds a psychological error is rejected and the human reply, if the filter finds none in it, chosen. The filter is any
+``ErrorFinder``; ``find_errors`` asks a language model. The kinds of error are those of the paper, the prompt is ours.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ERRORS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A reply to look at: the conversation before it (chat messages), the strategy it was to follow, and its text."""
+    """A reply to check: the conversation before it (chat messages), the strategy it was to follow, and its text."""
 
     context: list[Message]
     strategy: str
     reply: str
 
 
-# For each case the names of the psychological errors in its reply, or None where there is no verdict, which it counts.
+# For each case the names of the psychological errors in its reply, or None without a verdict, which it counts.
 ErrorFinder = Callable[[Sequence[Case], Counter[str]], list[frozenset[str] | None]]
 
 
@@ -54,8 +54,7 @@ def planner_pairs(turns: Sequence[Labelled], plans: Sequence[Plan | None], count
             counts["agreed"] += 1
         else:
             counts["unknown_rejected"] += plan.strategy not in ESCONV_STRATEGIES
-            prompt = planner_prompt(turn.context)
-            pairs.append(_pair(turn, prompt, turn.strategy, plan.strategy))
+            pairs.append(_pair(turn, planner_prompt(turn.context), turn.strategy, plan.strategy))
     counts["pairs"] = len(pairs)
     return pairs
 
@@ -65,7 +64,7 @@ def generator_pairs(
 ) -> list[Pair]:
     """The generator's own replies under the human strategy (rejected) against the human replies (chosen).
 
-    Only where errors are found in the first and none in the second. Counts ``ERROR_rejected`` for each kind of error,
+    Only pairs with errors in the first and none in the second. Counts ``ERROR_rejected`` for each kind of error,
     ``no_error_dropped``, ``human_error_dropped``, ``no_verdict_dropped``, ``prompt_too_long_dropped``,
     ``empty_dropped``, ``identical_dropped`` and ``pairs``.
     """
@@ -75,7 +74,7 @@ def generator_pairs(
             counts["prompt_too_long_dropped"] += 1
         elif not reply.text:
             counts["empty_dropped"] += 1
-        elif reply.text == turn.example.golden.text.strip():
+        elif reply.text == turn.reply.strip():
             counts["identical_dropped"] += 1
         else:
             sampled.append((turn, reply.text))
@@ -86,19 +85,19 @@ def generator_pairs(
         else:
             counts["no_verdict_dropped" if errors is None else "no_error_dropped"] += 1
     pairs = []
-    verdicts = find_errors([case_of(turn, turn.example.golden.text) for turn, _, _ in faulty], counts)
-    for (turn, text, errors), human in zip(faulty, verdicts):
-        if human is None or human:
-            counts["no_verdict_dropped" if human is None else "human_error_dropped"] += 1
-            continue
-        counts.update(f"{error}_rejected" for error in errors)
-        pairs.append(_pair(turn, generator_prompt(turn.context, turn.strategy), turn.example.golden.text, text))
+    verdicts = find_errors([case_of(turn, turn.reply) for turn, _, _ in faulty], counts)
+    for (turn, text, errors), human_errors in zip(faulty, verdicts):
+        if human_errors is None or human_errors:
+            counts["no_verdict_dropped" if human_errors is None else "human_error_dropped"] += 1
+        else:
+            counts.update(f"{error}_rejected" for error in errors)
+            pairs.append(_pair(turn, generator_prompt(turn.context, turn.strategy), turn.reply, text))
     counts["pairs"] = len(pairs)
     return pairs
 
 
 def case_of(turn: Labelled, reply: str, strategy: str = "") -> Case:
-    """A reply to a turn as a case, under the human strategy unless another one is given."""
+    """A reply to a turn as a case, with the human strategy unless another one is given."""
     return Case(to_messages(turn.context), strategy or turn.strategy, reply)
 
 
@@ -109,7 +108,7 @@ def _pair(turn: Labelled, prompt: list[Message], chosen: str, rejected: str) -> 
 def find_errors(
     responder: Responder, cases: Sequence[Case], counts: Counter[str], *, tries: int = TRIES
 ) -> list[frozenset[str] | None]:
-    """The errors (names of ``ERRORS``) in each reply; None where no try gave a usable verdict; ``counts`` says why."""
+    """The errors (names of ``ERRORS``) in each reply; None without a usable verdict, for reasons in ``counts``."""
     conversations = [error_prompt(case) for case in cases]
     return ask_json(responder, conversations, read_errors, counts, tries=tries, label="psychological errors")
 
@@ -117,9 +116,8 @@ def find_errors(
 def error_prompt(case: Case) -> list[dict[str, str]]:
     """One request: the conversation, the strategy, the reply, and what each error means."""
     names = {"user": "Person", "assistant": "Supporter"}
-    spoken = "\n".join(
-        f"{names[message['role']]}: {message['content']}" for message in case.context if message["role"] in names
-    )
+    messages = [message for message in case.context if message["role"] in names]
+    spoken = "\n".join(f"{names[message['role']]}: {message['content']}" for message in messages)
     listed = "\n".join(f"- {name}: {meaning}" for name, meaning in ERRORS.items())
     form = ", ".join(f'"{name}": false' for name in ERRORS)
     system = "You check replies of emotional supporters for psychological errors. Name an error only if it is there."
@@ -132,7 +130,7 @@ def error_prompt(case: Case) -> list[dict[str, str]]:
 
 
 def read_errors(value: Mapping[str, Any]) -> frozenset[str]:
-    """The errors that are there; raises UnusableAnswerError unless each is given as true or false, and nothing else."""
+    """The errors that are true; raises UnusableAnswerError unless each is given as true or false, and nothing else."""
     if set(value) != set(ERRORS):
         raise UnusableAnswerError("other_errors_than_asked")
     if not all(isinstance(found, bool) for found in value.values()):

@@ -1,8 +1,8 @@
 """Emotional support by two models: a planner names the next strategy, a generator writes the reply (Zhang et al. 2025).
 
-Both are adapters on one backbone. Here are what they read and write, how a strategy is predicted (by scoring all eight
-exactly, or by writing its name), and how the two work together. The joint baseline is one model that writes
-``[Strategy] reply`` in one go.
+Both are adapters on one backbone. This file has their prompts and answers, the prediction of a strategy (by exact
+log-probabilities of all eight, or by generating a name), and the inference with both. The joint baseline is one model
+that writes ``[Strategy] reply``.
 
 The strategy stands at the end of the seeker's last message, so prompts of all strategies share the whole conversation.
 """
@@ -37,13 +37,12 @@ from selfevo.generate.sampling import Sampling
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
 from selfevo.scoring import MAX_TOKENS, packed_logps
-from selfevo.training.examples import SFTExample
 from selfevo.training.stages import restore
 from selfevo.trie.packing import pack
 from selfevo.trie.trie import as_ids
 
 PLANNING = ("likeliest", "drawn", "written")
-PLAN_TOKENS = 24  # of a written plan; the longest name has far fewer
+PLAN_TOKENS = 24  # most tokens of a written plan; the longest name has far fewer
 _NAMES = "; ".join(ESCONV_STRATEGIES)
 _PLANNER = (
     "You guide an emotional supporter. Say which strategy the next reply should follow. Answer with one of these names "
@@ -71,11 +70,16 @@ class Labelled:
     def context(self) -> tuple[Turn, ...]:
         return self.example.context
 
+    @property
+    def reply(self) -> str:
+        """What the human supporter said."""
+        return self.example.golden.text
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A predicted strategy: one of the eight, or whatever else was written. ``logps`` are the log-probabilities of the
-    eight, normalised among them, where they were scored."""
+    """A predicted strategy: one of the eight, or whatever else was written. ``logps``, if they were computed, are the
+    log-probabilities of the eight, normalised over these."""
 
     strategy: str
     logps: tuple[float, ...] | None = None
@@ -88,8 +92,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """How strategies are predicted: the likeliest of the eight, or one drawn from their probabilities, both after
-    scoring them exactly; or a name written token by token, which may be none of the eight."""
+    """How strategies are predicted: ``likeliest`` of the eight or ``drawn`` from their exact probabilities, or
+    ``written`` token by token, which may be none of the eight."""
 
     planning: str = "likeliest"
     sampling: Sampling = Sampling()
@@ -109,7 +113,7 @@ def labelled_turns(dialogues: Iterable[Dialogue], counts: Counter[str]) -> list[
     found = []
     for dialogue in dialogues:
         for example in reply_examples(dialogue, Counter(), skip_first=0, skip_last=0):
-            known = [name for name in example.golden.strategies if name in ESCONV_STRATEGIES]
+            known = _known_strategies(example.golden)
             counts["labelled" if known else "without_strategy_left_out"] += 1
             counts["several_strategies"] += len(known) > 1
             if known:
@@ -117,30 +121,30 @@ def labelled_turns(dialogues: Iterable[Dialogue], counts: Counter[str]) -> list[
     return found
 
 
+def _known_strategies(turn: Turn) -> list[str]:
+    return [name for name in turn.strategies if name in ESCONV_STRATEGIES]
+
+
 def planner_prompt(context: Iterable[Turn]) -> list[Message]:
-    """What the planner reads; its answer is the name of a strategy."""
+    """The planner's prompt; its answer is the name of a strategy."""
     return to_messages(context, _PLANNER)
 
 
 def generator_prompt(context: Iterable[Turn], strategy: str) -> list[Message]:
-    """What the generator reads: the conversation, ending with the seeker's words and the strategy to follow."""
+    """The generator's prompt: the conversation, with the strategy to follow after the seeker's last words."""
     *earlier, last = to_messages(context, _GENERATOR)
     return [*earlier, last | {"content": f"{last['content']}\n[{strategy}]"}]
 
 
 def joint_prompt(context: Iterable[Turn]) -> list[Message]:
-    """What the joint baseline reads: earlier replies stand there as it writes its own."""
-    shown = [Turn(turn.speaker, _with_strategy(turn), turn.strategies) for turn in context]
+    """The joint baseline's prompt; earlier replies have the form in which it writes its own."""
+    known = [(turn, _known_strategies(turn)) for turn in context]
+    shown = [replace(turn, text=joint_reply(names[0], turn.text)) if names else turn for turn, names in known]
     return to_messages(shown, _JOINT)
 
 
 def joint_reply(strategy: str, text: str) -> str:
     return f"[{strategy}] {text}"
-
-
-def _with_strategy(turn: Turn) -> str:
-    known = [name for name in turn.strategies if name in ESCONV_STRATEGIES]
-    return joint_reply(known[0], turn.text) if known else turn.text
 
 
 def read_joint(text: str) -> tuple[Plan, str]:
@@ -149,24 +153,6 @@ def read_joint(text: str) -> tuple[Plan, str]:
     if found is None:
         return Plan(""), text.strip()
     return Plan(strategy_name(found[1].strip(), Counter())), text[found.end() :].strip()
-
-
-def planner_sft_examples(turns: Sequence[Labelled]) -> list[SFTExample]:
-    return [(turn.example.dialogue, planner_prompt(turn.context), turn.strategy) for turn in turns]
-
-
-def generator_sft_examples(turns: Sequence[Labelled]) -> list[SFTExample]:
-    return [
-        (turn.example.dialogue, generator_prompt(turn.context, turn.strategy), turn.example.golden.text)
-        for turn in turns
-    ]
-
-
-def joint_sft_examples(turns: Sequence[Labelled]) -> list[SFTExample]:
-    return [
-        (turn.example.dialogue, joint_prompt(turn.context), joint_reply(turn.strategy, turn.example.golden.text))
-        for turn in turns
-    ]
 
 
 def score_plans(
@@ -178,35 +164,31 @@ def score_plans(
     max_tokens: int = MAX_TOKENS,
     label: str = "plans",
 ) -> list[Plan | None]:
-    """The likeliest of the eight strategies for each prompt, all eight scored exactly; None where a prompt is too long.
+    """The likeliest of the eight strategies for each prompt, by exact log-probabilities; None if a prompt is too long.
 
-    The eight answers branch off one conversation, which is computed once for all of them. With ``joint`` what is scored
-    is ``[Strategy]``, as the joint baseline begins its reply; else the whole answer with its stop id.
+    The eight answers branch off one conversation, which is computed once for all of them. With ``joint`` an answer is
+    ``[Strategy]``, as the joint baseline begins its reply; else it is the name and the stop id.
     """
-    answers = [_answer_ids(tokenizer, name, joint) for name in ESCONV_STRATEGIES]
-    room = model.config.max_positions - max(map(len, answers))
-    fitted = [fit_prompt(tokenizer, prompt, room).ids for prompt in prompts]
-    asked = [index for index, ids in enumerate(fitted) if ids is not None]
+    encode = tokenizer.encode_reply
+    answers = [encode(f"[{name}]")[:-1] if joint else encode(name) for name in ESCONV_STRATEGIES]
+    window = model.config.max_positions - max(map(len, answers))
+    fitted = [(index, fit_prompt(tokenizer, prompt, window).ids) for index, prompt in enumerate(prompts)]
+    asked = [(index, ids) for index, ids in fitted if ids is not None]
+    items = [[as_ids([*ids, *answer]) for answer in answers] for _, ids in asked]
     plans: list[Plan | None] = [None] * len(prompts)
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), tqdm(total=len(asked), desc=label, unit="plan") as bar:
-            items = [[as_ids([*(fitted[index] or ()), *answer]) for answer in answers] for index in asked]
+        with torch.no_grad(), tqdm(total=len(items), desc=label, unit="plan") as bar:
             for members in pack(items, max_tokens):
                 own = [asked[member] for member in members]
-                examples = [(fitted[index] or [], answer) for index in own for answer in answers]
-                sums, _ = packed_logps(model, examples)
-                for index, row in zip(own, sums.view(len(own), -1).log_softmax(dim=1).cpu()):
+                sums, _ = packed_logps(model, [(ids, answer) for _, ids in own for answer in answers])
+                for (index, _), row in zip(own, sums.view(len(own), -1).log_softmax(dim=1).cpu()):
                     plans[index] = Plan(ESCONV_STRATEGIES[int(row.argmax())], tuple(row.tolist()))
                 bar.update(len(own))
     finally:
         model.train(was_training)
     return plans
-
-
-def _answer_ids(tokenizer: ChatTokenizer, name: str, joint: bool) -> list[int]:
-    return tokenizer.encode_reply(f"[{name}]")[:-1] if joint else tokenizer.encode_reply(name)
 
 
 def sample_plans(
@@ -219,21 +201,21 @@ def sample_plans(
     slots: int = SLOTS,
     label: str = "plans",
 ) -> list[Plan | None]:
-    """A strategy written for each prompt, kept in ``path``; None where a prompt is too long."""
-    texts = sample_replies(
+    """A strategy written for each prompt, kept in ``path``; None if a prompt is too long."""
+    replies = sample_replies(
         model, tokenizer, prompts, path, sampling=sampling, max_new_tokens=PLAN_TOKENS, slots=slots, label=label
     )
-    return [None if text.text is None else Plan(strategy_name(text.text.strip(" []."), Counter())) for text in texts]
+    texts = [reply.text for reply in replies]
+    return [None if text is None else Plan(strategy_name(text.strip(" []."), Counter())) for text in texts]
 
 
 def draw_plans(plans: Sequence[Plan | None], sampling: Sampling) -> list[Plan | None]:
-    """Strategies drawn from the exact probabilities of scored plans, each by its index; as sampling names would draw
-    them if nothing but the eight could be written. The repetition penalty has no meaning here."""
-    known = [index for index, found in enumerate(plans) if found is not None]
+    """Strategies drawn from the exact probabilities of scored plans: ``sampling`` over a vocabulary of the eight, with
+    a plan's index as its key and without the repetition penalty, which has no meaning here."""
+    known = {index: found.logps for index, found in enumerate(plans) if found is not None}
     if not known:
         return list(plans)
-    keys = torch.tensor(known)
-    logps = torch.tensor([found.logps for found in plans if found is not None])
+    keys, logps = torch.tensor(list(known)), torch.tensor(list(known.values()))
     chosen = replace(sampling, repetition_penalty=1.0).sample(logps.t(), keys[:, None], keys, torch.zeros_like(keys))
     drawn = dict(zip(known, chosen.tolist()))
     return [found and Plan(ESCONV_STRATEGIES[drawn[index]], found.logps) for index, found in enumerate(plans)]
@@ -247,21 +229,19 @@ def plan(
     settings: PlanSettings,
     *,
     joint: bool = False,
-    label: str = "plans",
 ) -> list[Plan | None]:
-    """Plans as the settings say; what the model computed is kept in ``path``, and is not computed again."""
+    """A plan for each prompt, by ``settings``. The model's results are kept in ``path`` and not computed again."""
+    label, sampling = f"plans, {path.parent.name}/{path.stem}", settings.sampling
     if settings.planning == "written":
-        return sample_plans(
-            model, tokenizer, prompts, path, sampling=settings.sampling, slots=settings.slots, label=label
-        )
+        return sample_plans(model, tokenizer, prompts, path, sampling=sampling, slots=settings.slots, label=label)
     if not path.is_file():
         scored = score_plans(model, tokenizer, prompts, joint=joint, max_tokens=settings.max_tokens, label=label)
         write_jsonl(path, [None if found is None else asdict(found) for found in scored])
     records = read_jsonl(path)
     if len(records) != len(prompts):
-        raise FileError(f"{path}: holds {len(records)} plans where {len(prompts)} are wanted; it is of another run")
+        raise FileError(f"{path}: holds {len(records)} plans where {len(prompts)} are needed; it is of another run")
     plans = [None if record is None else Plan(record["strategy"], tuple(record["logps"])) for record in records]
-    return draw_plans(plans, settings.sampling) if settings.planning == "drawn" else plans
+    return draw_plans(plans, sampling) if settings.planning == "drawn" else plans
 
 
 def respond(
@@ -278,16 +258,12 @@ def respond(
 ) -> list[tuple[Plan | None, Reply]]:
     """Decoupled inference: plans under the ``planner`` adapter, then replies under the ``generator`` adapter.
 
-    Both are folders in PEFT's format; the weights of the backbone stay where they are. What is in the two files already
-    is not computed again.
+    Both adapters are folders in PEFT's format; the backbone stays loaded. Results that are in the two files are not
+    computed again.
     """
     restore(model, planner)
-    plans = plan(model, tokenizer, [planner_prompt(c) for c in contexts], plans_path, settings, label=plans_path.stem)
+    plans = plan(model, tokenizer, [planner_prompt(c) for c in contexts], plans_path, settings)
     restore(model, generator)
     prompts = [generator_prompt(c, found.known if found else UNKNOWN) for c, found in zip(contexts, plans)]
-    texts = sample_replies(
-        model, tokenizer, prompts, replies_path,
-        sampling=replies.sampling, max_new_tokens=replies.max_new_tokens, slots=replies.slots,
-        label=replies_path.stem,
-    )  # fmt: skip
-    return list(zip(plans, texts))
+    answers = sample_replies(model, tokenizer, prompts, replies_path, **vars(replies), label=replies_path.stem)
+    return list(zip(plans, answers))

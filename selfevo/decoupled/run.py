@@ -1,7 +1,7 @@
 """A run of Decoupled ESC: planner and generator by SFT then DPO on mined pairs, the joint baseline by SFT, all scored.
 
-Every stage leaves its result under its final name only when it is whole; a killed run that is resumed repeats the
-same steps. The reference of each DPO stage is exactly the SFT adapter before it, frozen under a fresh one.
+A stage's result gets its final name only when it is complete; a killed run that is resumed repeats the same steps. The
+reference of each DPO stage is exactly the SFT adapter before it, frozen under a fresh one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Annotated
 
 from selfevo.datasets.corpus import CorpusError, Counts, split_human
 from selfevo.datasets.pairs import Pair, read_pairs
-from selfevo.decoupled.evaluate import Scores, score_plans_of, score_replies_of, table_of
+from selfevo.decoupled.evaluate import Scores, score_plans_of, score_replies_of
 from selfevo.decoupled.mining import ErrorFinder, generator_pairs, planner_pairs
 from selfevo.decoupled.planner import (
     PLANNING,
@@ -22,35 +22,34 @@ from selfevo.decoupled.planner import (
     Plan,
     PlanSettings,
     generator_prompt,
-    generator_sft_examples,
     joint_prompt,
-    joint_sft_examples,
+    joint_reply,
     labelled_turns,
     plan,
     planner_prompt,
-    planner_sft_examples,
     read_joint,
     respond,
 )
 from selfevo.dialogue import Message
 from selfevo.evaluation.ask_json import Responder
 from selfevo.evaluation.folder import write_examples
+from selfevo.evaluation.tables import mean_table
 from selfevo.evolve.run import RunConfig, check_run, is_finished, load_backbone, open_run
 from selfevo.files import read_jsonl, write_json, write_jsonl, write_text
 from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.generate.sampling import Sampling
 from selfevo.models import ChatTokenizer, Transformer
-from selfevo.training.examples import SFTExample, encode_sft_examples
+from selfevo.training.examples import encode_sft_examples
 from selfevo.training.settings import PreferenceSettings
 from selfevo.training.stages import is_trained, restore, train_dpo, train_sft
 
 STAGES = ("planner-sft", "generator-sft", "joint-sft", "planner-dpo", "generator-dpo")
-TABLES = ("eval/strategies.md", "eval/replies.md")
+RESULTS = ("eval/strategies.md", "eval/replies.md", "eval/scores.json")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoupledConfig(RunConfig):
-    """All settings of a run, each leaf a flag of ``examples/decoupled.py``; decoding is that of Zhang et al. (2025)."""
+    """All settings of a run, each a flag of ``examples/decoupled.py``; decoding as in Zhang et al. (2025)."""
 
     preference: PreferenceSettings = PreferenceSettings(gamma=0.0)
     replies: ReplySettings = ReplySettings(Sampling(temperature=0.7, top_p=0.95, top_k=0, repetition_penalty=1.0))
@@ -64,37 +63,33 @@ class DecoupledConfig(RunConfig):
     judge_url: Annotated[str, "OpenAI-compatible endpoint of the judge; without it the judge is a local backbone"] = ""
 
     def __post_init__(self) -> None:
-        self.plans("test")  # raises where planning is unknown
+        self.plans("test")  # raises ValueError for an unknown planning
         if self.judge_url and not self.judge:
             raise ValueError("judge_url needs judge: the name of the endpoint's model")
         super().__post_init__()
 
     @property
     def results(self) -> tuple[str, ...]:
-        return (*(f"{name}/adapter_config.json" for name in STAGES), *TABLES, "eval/scores.json")
+        return (*(f"{name}/adapter_config.json" for name in STAGES), *RESULTS)
 
     def plans(self, stage: str) -> PlanSettings:
-        """How strategies are predicted, as a stage's pairs or, for "test", its scores need them."""
+        """How strategies are predicted; their seed is derived from ``stage``, which is "test" for the test turns."""
         replies = self.replies.seeded(self.seed, "plans", stage)
         return PlanSettings(self.planning, replies.sampling, replies.slots, self.training.max_tokens)
 
 
 @dataclass(frozen=True)
 class Turns:
-    """The labelled turns of a run; ``held_out`` ones serve early stopping, of SFT and of DPO."""
+    """The labelled turns of a run. The ``held_out`` ones are for early stopping, of SFT and of DPO."""
 
     train: list[Labelled]
     held_out: list[Labelled]
     test: list[Labelled]
 
-    @property
-    def held_out_dialogues(self) -> frozenset[str]:
-        return frozenset(turn.example.dialogue for turn in self.held_out)
-
 
 @dataclass
 class RunContext:
-    """What the stages of a run share: one backbone, on which adapters come and go."""
+    """What the stages of a run share: one backbone, whose adapters are exchanged, data and settings."""
 
     config: DecoupledConfig
     model: Transformer
@@ -110,9 +105,10 @@ def decouple(
 ) -> Path:
     """Runs, or with ``resume`` continues, the whole of Decoupled ESC; returns the run folder.
 
-    ``find_errors`` is the filter of mined replies; ``judge``, if given, scores the test replies in four aspects. The
-    folder has a stage each in ``planner-sft``, ``planner-dpo``, ``generator-sft``, ``generator-dpo`` and ``joint-sft``
-    (adapters; for DPO also pairs.jsonl and filter.json), and replies, plans and tables in ``eval``.
+    ``find_errors`` filters the mined replies; ``judge``, if given, scores the test replies in four aspects. In the
+    folder, ``planner-sft``, ``planner-dpo``, ``generator-sft``, ``generator-dpo`` and ``joint-sft`` have the adapters
+    (those of DPO also pairs.jsonl and filter.json), ``eval`` has replies, plans and tables. Raises ValueError for a
+    folder of another run and for data without ESConv's strategies.
     """
     check_run(config, resume=resume)
     if is_finished(config):
@@ -123,24 +119,27 @@ def decouple(
     run = open_run(config)
     write_json(run / "data.json", {"turns": {name: len(part) for name, part in vars(turns).items()}, "rules": counts})
     context = RunContext(config, model, tokenizer, turns, run, find_errors, judge)
-    _learn(context, "planner-sft", planner_sft_examples)
-    _learn(context, "generator-sft", generator_sft_examples)
-    _learn(context, "joint-sft", joint_sft_examples)
-    _prefer(context, "planner", _mine_plans)
+    _train_sft(context, "planner-sft", lambda turn: (planner_prompt(turn.context), turn.strategy))
+    _train_sft(context, "generator-sft", lambda turn: (generator_prompt(turn.context, turn.strategy), turn.reply))
+    _train_sft(context, "joint-sft", lambda turn: (joint_prompt(turn.context), joint_reply(turn.strategy, turn.reply)))
+    _train_dpo(context, "planner", _mine_plans)
     strategies = _evaluate_plans(context)
-    write_text(run / "eval" / "strategies.md", table_of(strategies) + "\n")
-    _prefer(context, "generator", _mine_replies)
+    _write_table(run / "eval" / "strategies.md", strategies)
+    _train_dpo(context, "generator", _mine_replies)
     replies = _evaluate_replies(context)
-    write_text(run / "eval" / "replies.md", table_of(replies) + "\n")
+    _write_table(run / "eval" / "replies.md", replies)
     write_json(run / "eval" / "scores.json", {"strategies": strategies, "replies": replies})
     return run
 
 
+def _write_table(path: Path, rows: dict[str, Scores]) -> None:
+    write_text(path, mean_table({name: [scores] for name, scores in rows.items()}) + "\n")
+
+
 def read_turns(config: DecoupledConfig, counts: Counts) -> Turns:
-    """The labelled turns of the run's dialogues, split by dialogue. Raises CorpusError where a part has none."""
-    parts = split_human(config.data, config.seed, counts)
+    """The labelled turns of the run's dialogues, split by dialogue. Raises CorpusError if a part has none."""
     labelled: list[list[Labelled]] = []
-    for name, dialogues in zip(("train", "held_out", "test"), parts):
+    for name, dialogues in zip(("train", "held_out", "test"), split_human(config.data, config.seed, counts)):
         counter: Counter[str] = Counter()
         labelled.append(labelled_turns(dialogues, counter))
         counts[f"{name}, turns"] = dict(sorted(counter.items()))
@@ -153,96 +152,91 @@ def read_turns(config: DecoupledConfig, counts: Counts) -> Turns:
     return Turns(*labelled)
 
 
-def _learn(context: RunContext, name: str, sft_examples: Callable[[Sequence[Labelled]], list[SFTExample]]) -> None:
-    """An SFT stage on human strategies or replies."""
+def _train_sft(context: RunContext, name: str, example: Callable[[Labelled], tuple[list[Message], str]]) -> None:
+    """An SFT stage; ``example`` gives the prompt and the answer of a turn."""
     stage, window = context.config.stage(name, name, sft=True), context.model.config.max_positions
     if is_trained(stage.folder):
         return
     counts: Counter[str] = Counter()
-    items, held_out = (
-        encode_sft_examples(context.tokenizer, sft_examples(part), window=window, counts=counts)
+    parts = [
+        [(turn.example.dialogue, *example(turn)) for turn in part]
         for part in (context.turns.train, context.turns.held_out)
-    )
+    ]
+    items, held_out = (encode_sft_examples(context.tokenizer, part, window=window, counts=counts) for part in parts)
     write_json(stage.folder / "sft.json", dict(sorted(counts.items())))
     train_sft(context.model, stage, items, held_out if len(held_out) else None)
 
 
-def _prefer(
+def _train_dpo(
     context: RunContext, name: str, mine: Callable[[RunContext, list[Labelled], Path, Counter[str]], list[Pair]]
 ) -> None:
     """A DPO stage on pairs mined from the SFT stage of the same model."""
     stage = context.config.stage(f"{name}-dpo", f"{name}-dpo", sft=False)
-    folder = stage.folder
+    folder, turns = stage.folder, context.turns
     if is_trained(folder):
         return
     restore(context.model, context.run / f"{name}-sft")
     if not (folder / "filter.json").is_file():
         counts: Counter[str] = Counter()
-        pairs = mine(context, [*context.turns.train, *context.turns.held_out], folder, counts)
-        write_jsonl(folder / "pairs.jsonl", [pair.as_record() for pair in pairs])
+        mined = mine(context, [*turns.train, *turns.held_out], folder, counts)
+        write_jsonl(folder / "pairs.jsonl", [pair.as_record() for pair in mined])
         write_json(folder / "filter.json", dict(sorted(counts.items())))
-    pairs = read_pairs(folder / "pairs.jsonl")
-    held_out = context.turns.held_out_dialogues
+    pairs, held_out = read_pairs(folder / "pairs.jsonl"), {turn.example.dialogue for turn in turns.held_out}
     train_dpo(context.model, context.tokenizer, stage, pairs, held_out, context.config.preference)
 
 
 def _mine_plans(context: RunContext, turns: list[Labelled], folder: Path, counts: Counter[str]) -> list[Pair]:
-    """Predictions are drawn, as published. Were they the likeliest ones, what a model holds likely would be rejected
-    wherever the human chose otherwise, be it rarely: the pairs would teach that the likeliest is wrong."""
+    """Pairs from drawn plans, as published. The likeliest plans would not do: where the human chose otherwise, the
+    likeliest strategy would always be the rejected one, also where it is the human choice in most such turns."""
     prompts = [planner_prompt(turn.context) for turn in turns]
-    settings, label = context.config.plans("planner-dpo"), "planner-dpo: the SFT planner's own plans"
+    settings = context.config.plans("planner-dpo")
     if settings.planning == "likeliest":
         settings = replace(settings, planning="drawn")
-    plans = plan(context.model, context.tokenizer, prompts, folder / "plans.jsonl", settings, label=label)
+    plans = plan(context.model, context.tokenizer, prompts, folder / "plans.jsonl", settings)
     return planner_pairs(turns, plans, counts)
 
 
 def _mine_replies(context: RunContext, turns: list[Labelled], folder: Path, counts: Counter[str]) -> list[Pair]:
     prompts = [generator_prompt(turn.context, turn.strategy) for turn in turns]
-    return generator_pairs(
-        turns, _replies(context, prompts, folder / "replies.jsonl", "generator-dpo"), context.find_errors, counts
-    )
+    replies = _replies(context, prompts, folder / "replies.jsonl", "generator-dpo")
+    return generator_pairs(turns, replies, context.find_errors, counts)
 
 
 def _replies(context: RunContext, prompts: Sequence[list[Message]], path: Path, stage: str) -> list[Reply]:
     settings = context.config.replies.seeded(context.config.seed, "replies", stage)
-    return sample_replies(
-        context.model, context.tokenizer, prompts, path, sampling=settings.sampling,
-        max_new_tokens=settings.max_new_tokens, slots=settings.slots, label=f"replies, {path.parent.name}/{path.stem}",
-    )  # fmt: skip
+    label = f"replies, {path.parent.name}/{path.stem}"
+    return sample_replies(context.model, context.tokenizer, prompts, path, **vars(settings), label=label)
 
 
 def _evaluate_plans(context: RunContext) -> dict[str, Scores]:
-    """Strategies: always the commonest one; the joint baseline's, as it writes them and scored; the planners'."""
+    """Scores of strategies: the most frequent one for every turn, the joint baseline's, the planners'."""
     folder, turns = context.run / "eval", context.turns.test
     write_examples(folder, [turn.example for turn in turns])
-    commonest = Counter(turn.strategy for turn in context.turns.train).most_common(1)[0][0]
-    plans: dict[str, Sequence[Plan | None]] = {"majority": [Plan(commonest)] * len(turns)}
+    majority = Counter(turn.strategy for turn in context.turns.train).most_common(1)[0][0]
+    plans: dict[str, Sequence[Plan | None]] = {"majority": [Plan(majority)] * len(turns)}
     prompts = [joint_prompt(turn.context) for turn in turns]
     restore(context.model, context.run / "joint-sft")
     written = _replies(context, prompts, folder / "joint-sft" / "written.jsonl", "test")
     plans["joint-sft written"] = [None if reply.text is None else read_joint(reply.text)[0] for reply in written]
-    plans |= _scored(context, "joint-sft", prompts)
+    plans |= _plans(context, "joint-sft", prompts)
     for name in ("planner-sft", "planner-dpo"):
-        plans |= _scored(context, name, [planner_prompt(turn.context) for turn in turns])
+        plans |= _plans(context, name, [planner_prompt(turn.context) for turn in turns])
     return {
         name: score_plans_of(turns, found, folder / f"{name.replace(' ', '-')}.strategies.json")
         for name, found in plans.items()
     }
 
 
-def _scored(context: RunContext, name: str, prompts: Sequence[list[Message]]) -> dict[str, list[Plan | None]]:
-    """A model's plans in every way: likeliest and drawn, after one scoring; a planner's also written, where set so."""
+def _plans(context: RunContext, name: str, prompts: Sequence[list[Message]]) -> dict[str, list[Plan | None]]:
+    """A model's likeliest and drawn plans; with ``planning="written"`` also those that a planner writes."""
     restore(context.model, context.run / name)
     joint, settings = name.startswith("joint"), context.config.plans("test")
-    plans = {}
+    found = {}
     for planning in PLANNING:
-        if planning != "written" or (context.config.planning == planning and not joint):
-            own, path = replace(settings, planning=planning), _plan_file(context.run, name, planning)
-            plans[f"{name} {planning}"] = plan(
-                context.model, context.tokenizer, prompts, path, own, joint=joint, label=f"plans of {name}"
-            )
-    return plans
+        if planning != "written" or (settings.planning == "written" and not joint):
+            path, own = _plan_file(context.run, name, planning), replace(settings, planning=planning)
+            found[f"{name} {planning}"] = plan(context.model, context.tokenizer, prompts, path, own, joint=joint)
+    return found
 
 
 def _plan_file(run: Path, name: str, planning: str) -> Path:
@@ -250,23 +244,22 @@ def _plan_file(run: Path, name: str, planning: str) -> Path:
 
 
 def _evaluate_replies(context: RunContext) -> dict[str, Scores]:
-    """Replies: of the joint baseline, and of planner and generator together, after SFT and after DPO."""
-    folder, turns, config = context.run / "eval", context.turns.test, context.config
-    records = read_jsonl(folder / "joint-sft" / "written.jsonl")
+    """Scores of replies: of the joint baseline, and of planner and generator together, after SFT and after DPO."""
+    run, turns, config = context.run, context.turns.test, context.config
+    records = read_jsonl(run / "eval" / "joint-sft" / "written.jsonl")
     read = [(Plan(""), None) if record["text"] is None else read_joint(record["text"]) for record in records]
     replies = [record | {"text": text} for record, (_, text) in zip(records, read)]
-    write_jsonl(folder / "joint-sft.replies.jsonl", replies)
+    write_jsonl(run / "eval" / "joint-sft.replies.jsonl", replies)
     systems = {"joint-sft": [(found.known, text) for found, text in read]}
     for stage in ("sft", "dpo"):
         answers = respond(
             context.model, context.tokenizer, [turn.context for turn in turns],
-            _plan_file(context.run, f"planner-{stage}", config.planning), folder / f"decoupled-{stage}.replies.jsonl",
-            config.plans("test"),
-            planner=context.run / f"planner-{stage}", generator=context.run / f"generator-{stage}",
+            _plan_file(run, f"planner-{stage}", config.planning), run / "eval" / f"decoupled-{stage}.replies.jsonl",
+            config.plans("test"), planner=run / f"planner-{stage}", generator=run / f"generator-{stage}",
             replies=config.replies.seeded(config.seed, "replies", "test"),
         )  # fmt: skip
         systems[f"decoupled-{stage}"] = [((found or Plan("")).known, reply.text) for found, reply in answers]
     return {
-        name: score_replies_of(turns, answers, folder / f"{name}.support.json", context.find_errors, context.judge)
-        for name, answers in systems.items()
+        name: score_replies_of(turns, found, run / "eval" / f"{name}.support.json", context.find_errors, context.judge)
+        for name, found in systems.items()
     }

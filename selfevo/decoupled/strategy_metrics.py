@@ -9,27 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import geometric_mean, pstdev
 
 from selfevo.dialogue import ESCONV_STRATEGIES
 
-__all__ = [
-    "PUBLISHED_ROUNDS",
-    "StrategyScores",
-    "confusion_table",
-    "preference_bias",
-    "preference_strengths",
-    "score_strategies",
-]
 PUBLISHED_ROUNDS = 20
-MOST_ROUNDS = 20_000  # of a fit to convergence
-CLOSE = 1e-12  # relative change of a strength at which a fit has converged
+_MOST_ROUNDS = 20_000  # of a fit to convergence
+_TOLERANCE = 1e-12  # relative change of all strengths below which a fit has converged
 UNKNOWN = "Others"
 Table = Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True)
 class StrategyScores:
-    """``accuracy`` and both F1 in 0..100; ``bias`` in 0..sqrt(n - 1) for n strategies, and ``strengths`` sum to n."""
+    """Accuracy and F1 in 0..100, ``bias`` in 0..sqrt(n - 1) for n strategies; ``strengths`` (0 and up) sum to n;
+    ``predicted`` counts the predictions."""
 
     accuracy: float
     weighted_f1: float
@@ -49,9 +43,9 @@ def score_strategies(
 ) -> StrategyScores:
     """All scores of predicted strategies.
 
-    A strategy's F1 is 0 where it was neither predicted nor human, and macro F1 is the mean over all ``classes`` (as
-    scikit-learn has it with these as ``labels``); weighted F1 weighs each by its share among the human ones. Raises
-    ValueError as ``confusion_table`` does.
+    The F1 of a strategy that is neither among the predicted nor among the human ones is 0. Macro F1 is the mean over
+    all ``classes`` (as in scikit-learn with ``labels=classes``); weighted F1 weights each class by its share among the
+    human strategies. Raises ValueError as ``confusion_table`` does.
     """
     table = confusion_table(human, predicted, classes, unknown=unknown)
     strengths = preference_strengths(table, rounds=rounds)
@@ -63,7 +57,7 @@ def score_strategies(
         accuracy=100 * sum(right) / len(human),
         weighted_f1=math.fsum(score * own for score, own in zip(f1, wanted)) / len(human),
         macro_f1=math.fsum(f1) / len(f1),
-        bias=_deviation(strengths),
+        bias=pstdev(strengths),
         strengths=dict(zip(classes, strengths)),
         predicted=dict(zip(classes, found)),
     )
@@ -95,24 +89,23 @@ def confusion_table(
 
 
 def preference_bias(table: Table, *, rounds: int | None = PUBLISHED_ROUNDS) -> float:
-    """The standard deviation (of the population) of the preference strengths: 0 without a preference.
-
-    Its largest value, sqrt(n - 1), is that of a model that falls for one strategy alone.
-    """
-    return _deviation(preference_strengths(table, rounds=rounds))
+    """The population standard deviation of the preference strengths, from 0 (no preference) to sqrt(n - 1) (every
+    confusion is in favour of one strategy)."""
+    return pstdev(preference_strengths(table, rounds=rounds))
 
 
 def preference_strengths(table: Table, *, rounds: int | None = PUBLISHED_ROUNDS) -> list[float]:
-    """Bradley-Terry strengths from an (n, n) table of counts; they sum to n. The diagonal is not looked at.
+    """Bradley-Terry strengths from an (n, n) table of counts; they sum to n. The diagonal is ignored.
 
     ``table[i][j]`` is how often i "won": it was predicted where j was the human strategy. Strengths start equal and are
-    updated in place, each round divided by the geometric mean of the positive ones; ``rounds`` None goes on until they
-    no longer change (this iteration is Newman's, 2023, and goes to the maximum of the likelihood where there is one).
+    updated in place, and after each round divided by the geometric mean of the positive ones. ``rounds=None`` iterates
+    until they no longer change (the iteration of Newman 2023, which converges to the maximum of the likelihood if there
+    is one).
 
-    Where the likelihood has no maximum inside, the strengths are its limits: a strategy without wins has strength 0;
-    those with wins but no losses share all the strength equally. A strategy that was never confused with another says
-    nothing about preferences and has the neutral strength 1. Raises ValueError: a table that is not square, a count
-    that is negative or not finite, fewer than one round.
+    If the likelihood has no maximum, the strengths are its limits: a strategy without wins has strength 0; strategies
+    with wins but no losses share all the strength equally. A strategy that was never confused with another says nothing
+    about preferences and has the neutral strength 1. Raises ValueError: a table that is not square, a count that is
+    negative or not finite, fewer than one round.
     """
     size = len(table)
     if any(len(row) != size or not all(0 <= count < math.inf for count in row) for row in table):
@@ -136,10 +129,10 @@ def preference_strengths(table: Table, *, rounds: int | None = PUBLISHED_ROUNDS)
 
 
 def _fit(table: Table, rounds: int | None) -> list[float]:
-    """The iteration, for strategies that all lose now and then: some of them beat one another in a circle, so not all
-    strengths fall to 0, and none divides by 0."""
+    """The iteration, for strategies that all have losses. Then some of them beat one another in a cycle, so not all
+    strengths become 0, and no division is by 0."""
     strengths = [1.0] * len(table)
-    for _ in range(MOST_ROUNDS if rounds is None else rounds):
+    for _ in range(_MOST_ROUNDS if rounds is None else rounds):
         before = list(strengths)
         for i, own in enumerate(strengths):
             won = lost = 0.0
@@ -148,14 +141,8 @@ def _fit(table: Table, rounds: int | None) -> list[float]:
                     won += table[i][j] * other / (own + other)
                     lost += table[j][i] / (own + other)
             strengths[i] = won / lost if won else 0.0
-        logs = [math.log(strength) for strength in strengths if strength > 0]
-        mean = math.exp(math.fsum(logs) / len(logs))
+        mean = geometric_mean([strength for strength in strengths if strength > 0])
         strengths = [strength / mean for strength in strengths]
-        if rounds is None and all(abs(new - old) <= CLOSE * new for new, old in zip(strengths, before)):
+        if rounds is None and all(abs(new - old) <= _TOLERANCE * new for new, old in zip(strengths, before)):
             break
     return strengths
-
-
-def _deviation(strengths: Sequence[float]) -> float:
-    mean = math.fsum(strengths) / len(strengths)
-    return math.sqrt(math.fsum((strength - mean) ** 2 for strength in strengths) / len(strengths))

@@ -1,13 +1,13 @@
-"""How sure a score is: bootstrap intervals, paired tests between two models, correlation with human scores.
+"""The uncertainty of scores: bootstrap intervals, paired tests between two models, correlation with human scores.
 
-The replies of one dialogue are not independent of one another, so whole dialogues are drawn, not single replies. All
-functions take one value per reply, (N,), and ``groups``, the dialogue of each (None: every reply stands alone).
+The replies of one dialogue are not independent of one another, so whole dialogues are resampled, not single replies.
+``values`` has one number per reply, (N,); ``groups`` has the dialogue of each (None: every reply is its own group).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 Values = Sequence[float] | NDArray[np.float64]
 SAMPLES = 2000
-_BLOCK = 4_000_000  # drawn group indices held at a time
+_BLOCK = 4_000_000  # random numbers held at a time
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,15 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
     """The percentile bootstrap interval of the mean of ``values`` (Efron and Tibshirani 1993, chapter 13).
 
-    Whole groups are drawn with replacement, as many as there are; each sample's score is the mean over the replies
-    drawn. One group alone gives an interval without width. Raises ValueError: no values, unequal lengths, NaN, a level
+    Each of the ``samples`` draws as many whole groups as there are, with replacement; its score is the mean over their
+    replies. A single group gives an interval of width 0. Raises ValueError: no values, unequal lengths, NaN, a level
     outside (0, 1).
     """
     if not 0 < level < 1:
         raise ValueError(f"level must lie between 0 and 1, not {level}")
     sums, sizes = _by_group(values, groups)
-    means = np.sort(_sampled_means(sums, sizes, samples, seed))
+    draws = _random_rows(len(sums), (samples, len(sums)), seed)
+    means = np.concatenate([sums[drawn].sum(1) / sizes[drawn].sum(1) for drawn in draws])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -63,8 +64,9 @@ def compare(
     """Paired comparison of two models' values for the same replies, ``second`` minus ``first``.
 
     The p-value is that of a sign-flip permutation test over groups (approximate randomisation, Noreen 1989): under the
-    null hypothesis the two models may change places in any dialogue. It is (1 + as extreme) / (1 + samples), or exact
-    where there are no more sign patterns than ``samples``. Raises ValueError as ``bootstrap_interval`` does.
+    null hypothesis the two models are interchangeable in every dialogue. It is (1 + number of samples at least as
+    extreme) / (1 + samples), or exact if there are at most ``samples`` sign patterns. Raises ValueError as
+    ``bootstrap_interval`` does.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
@@ -76,9 +78,10 @@ def compare(
 
 
 def pearson(first: Values, second: Values, *, level: float = 0.95) -> tuple[float, float, float]:
-    """Pearson's correlation of two (N,) lists and its interval by Fisher's z; NaN where it is not defined.
+    """Pearson's correlation of two (N,) lists and the ends of its interval by Fisher's z transformation.
 
-    It needs two different values on either side, and its interval four pairs.
+    NaN where not defined: each list needs two different values, the interval four pairs and a correlation inside
+    (-1, 1). Raises ValueError for lists of unequal lengths.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
@@ -104,38 +107,25 @@ def _by_group(values: Values, groups: Sequence[Hashable] | None) -> tuple[NDArra
         raise ValueError(f"{len(array)} values need as many groups, not {len(groups)}")
     places: dict[Hashable, int] = {}
     index = np.array([places.setdefault(group, len(places)) for group in groups])
-    sums, sizes = np.zeros(len(places)), np.zeros(len(places))
-    np.add.at(sums, index, array)
-    np.add.at(sizes, index, 1.0)
-    return sums, sizes
+    return np.bincount(index, array).astype(np.float64), np.bincount(index).astype(np.float64)
 
 
-def _sampled_means(
-    sums: NDArray[np.float64], sizes: NDArray[np.float64], samples: int, seed: int
-) -> NDArray[np.float64]:
-    """(samples,) means over groups drawn with replacement."""
+def _random_rows(high: int, shape: tuple[int, int], seed: int) -> Iterator[NDArray[np.int64]]:
+    """Random integers in 0..high-1 of the given shape, in blocks of rows to bound the memory."""
     generator = np.random.default_rng(seed)
-    count = len(sums)
-    rows = max(1, _BLOCK // count)
-    means = []
-    for start in range(0, samples, rows):
-        drawn = generator.integers(count, size=(min(rows, samples - start), count))
-        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
-    return np.concatenate(means)
+    rows = max(1, _BLOCK // shape[1])
+    for start in range(0, shape[0], rows):
+        yield generator.integers(high, size=(min(rows, shape[0] - start), shape[1]))
 
 
 def _sign_flip(sums: NDArray[np.float64], samples: int, seed: int) -> float:
     """The share of sign patterns whose total is at least as far from zero as the one observed."""
-    moving = sums[sums != 0]
-    observed = abs(float(moving.sum())) * (1 - 1e-12)  # a pattern that is the same but for rounding counts
-    count = len(moving)
+    nonzero = sums[sums != 0]
+    observed = abs(float(nonzero.sum())) * (1 - 1e-12)  # totals equal up to rounding count as equal
+    count = len(nonzero)
     if 2**count <= samples:
         patterns = (np.arange(2**count)[:, None] >> np.arange(count)) & 1
-        return float(np.mean(np.abs((1 - 2 * patterns) @ moving) >= observed))
-    generator = np.random.default_rng(seed)
-    rows = max(1, _BLOCK // count)
-    extreme = 0
-    for start in range(0, samples, rows):
-        signs = generator.integers(2, size=(min(rows, samples - start), count)) * 2 - 1
-        extreme += int(np.sum(np.abs(signs @ moving) >= observed))
+        return float(np.mean(np.abs((1 - 2 * patterns) @ nonzero) >= observed))
+    draws = _random_rows(2, (samples, count), seed)
+    extreme = sum(int(np.sum(np.abs((2 * drawn - 1) @ nonzero) >= observed)) for drawn in draws)
     return (1 + extreme) / (1 + samples)

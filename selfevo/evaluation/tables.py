@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from selfevo.evaluation.score import _score_file
@@ -47,6 +48,22 @@ def significance_table(comparisons: Mapping[str, Mapping[str, Comparison]]) -> s
 
 def _p_text(p_value: float) -> str:
     return "p < 0.001" if p_value < 0.001 else f"p = {p_value:.3f}"
+
+
+def mean_table(rows: Mapping[str, Sequence[Mapping[str, float]]], *, digits: int = 2) -> str:
+    """Markdown: a row per model, from its scores in one run or in several (one per seed): the mean, and of several
+    values also the range; empty if there is no such score."""
+    columns = list(dict.fromkeys(column for runs in rows.values() for scores in runs for column in scores))
+    cells: dict[str, list[str]] = {}
+    for name, runs in rows.items():
+        values = [[scores[column] for scores in runs if column in scores] for column in columns]
+        cells[name] = [_mean_cell(own, digits) if own else "" for own in values]
+    return markdown_table(["model", *columns], cells)
+
+
+def _mean_cell(values: Sequence[float], digits: int) -> str:
+    spread = f" ({interval_text(min(values), max(values), digits)})" if len(values) > 1 else ""
+    return f"{fmean(values):.{digits}f}{spread}"
 
 
 def markdown_table(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:

@@ -21,6 +21,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 from selfevo import metrics
 from selfevo.evaluation import score_replies
 from selfevo.evaluation.columns import CONVENTIONS, ScoreError
+from selfevo.evaluation.tables import mean_table
 
 HYPOTHESES = ["I am so sorry. That is hard!", "What happened then?", "Yes."]
 REFERENCES = ["I am sorry to hear that.", "And what happened?", "I see, yes."]
@@ -138,19 +139,25 @@ def test_conventions_disagree_which_is_why_they_are_named(nltk_data: Path) -> No
 def test_meteor_is_nltks(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    class WordNet:
-        def synsets(self, word: str) -> list[object]:
-            calls.append(word)
-            return []
+    class Lemma:
+        def __init__(self, name: str) -> None:
+            self.name = lambda: name
 
-    monkeypatch.setattr(single_meteor_score, "__defaults__", tuple(
-        WordNet() if type(value).__name__ == "LazyCorpusLoader" else value
-        for value in single_meteor_score.__defaults__ or ()
-    ))  # fmt: skip
+    class Synset:
+        def lemmas(self) -> list[Lemma]:
+            return [Lemma("hear"), Lemma("see"), Lemma("set_about")]
+
+    class WordNet:
+        def synsets(self, word: str) -> list[Synset]:
+            calls.append(word)
+            return [Synset()] if word == "hard" else []
+
+    monkeypatch.setattr(nltk.corpus, "wordnet", WordNet())
     scores = score_replies(HYPOTHESES, REFERENCES, extras=("METEOR",))
+    assert "hard" in calls
     pairs = [(metrics.tokenize_13a(r), metrics.tokenize_13a(h)) for h, r in zip(HYPOTHESES, REFERENCES)]
-    assert scores["METEOR"].value == pytest.approx(100 * fmean(single_meteor_score(r, h) for r, h in pairs))
-    assert calls
+    expected = [100 * single_meteor_score(r, h, wordnet=WordNet()) for r, h in pairs]
+    assert scores["METEOR"].values == pytest.approx(expected)
 
 
 def test_bert_score_is_that_of_the_package(tmp_path: Path) -> None:
@@ -188,3 +195,9 @@ def test_missing_data_and_packages_are_told_in_a_sentence(tmp_path: Path, monkey
 def test_unknown_choices_are_refused(how: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="should be one of"):
         score_replies(HYPOTHESES, REFERENCES, **how)  # type: ignore[arg-type]
+
+
+def test_a_table_of_means_has_the_range_of_several_runs_and_is_empty_without_a_score() -> None:
+    rows = {"one": [{"a": 1.0, "b": 2.0}], "two": [{"a": 1.0}, {"a": 2.0}]}
+    lines = ["| model | a | b |", "|---|---|---|", "| one | 1.0 | 2.0 |", "| two | 1.5 (1.0 to 2.0) |  |"]
+    assert mean_table(rows, digits=1) == "\n".join(lines)
