@@ -8,8 +8,8 @@ WHAT is one of
                another user; only the SFT term on the chosen replies
   preferences  where chosen replies come from (Table 5): HM human dialogues, HL golden replies of the synthetic
                dialogues, SR self-refinement
-  prompts      no training, only prompts (Table 3): plain, with strategies, and with reflection at test time, for the
-               backbone and for the models of a run
+  prompts      no training, only prompts (Table 3): vanilla, strategy and self-reflection, and refine (the model
+               reflects on its reply and rewrites it), for the backbone and for the models of a run
 
 Each run is a folder DIR/VARIANT-SEED as iterate.py makes it. What is there already is not computed again, so a killed
 command continues, and commands with the same DIR share their runs. Without --backbone the embedded default runs, whose
@@ -47,6 +47,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "preferences": {"HM": {"chosen": "golden", "synthetic": ()}, "HL": {"chosen": "golden"}, "SR": {}},
     "prompts": {"SR": {}},
 }  # fmt: skip
+PAPER_PROMPTS = ("vanilla", "strategy", "self-reflection", "refine")
 COLUMNS = ("BLEU-2", "ROUGE-L", "Distinct-2", "Distinct-2 (corpus)", "Length")
 Values = dict[str, float]
 
@@ -69,15 +70,17 @@ def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
     folder, examples = run / "prompts", read_examples(run / "eval")
     model, tokenizer = load_backbone(config.backbone)
     contexts = [to_messages(example.context) for example in examples]
+    # The embedded backbone knows the prompts of version 0.1.
+    kinds = ("plain", "strategies", "refine") if config.replies.style in ("plain", "strategies") else PAPER_PROMPTS
     table: dict[str, Values] = {}
     for stage in ("backbone", *config.models):
         remove_adapters(model)
         if stage != "backbone":
             load_adapter(model, run / stage)
-        for kind in ("plain", "strategies", "reflection"):
-            settings = replace(config.test_replies, style="plain" if kind == "plain" else "strategies")
-            name, reflecting = f"{stage}-{kind}", kind == "reflection"
-            values = evaluate_model(model, tokenizer, examples, folder, name, settings, reflecting=reflecting)
+        for kind in kinds:
+            settings = config.test_replies if kind == "refine" else replace(config.test_replies, style=kind)
+            name = f"{stage}-{kind}"
+            values = evaluate_model(model, tokenizer, examples, folder, name, settings, refining=kind == "refine")
             texts = [record["text"] or "" for record in read_jsonl(folder / f"{name}.replies.jsonl")]
             rates = show.score(texts, contexts) if iterate.is_embedded(config) else {}
             table[f"{stage}, {kind}"] = rates | {c: values[c] for c in COLUMNS}

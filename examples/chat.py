@@ -60,13 +60,14 @@ def talk(model: Transformer, tokenizer: ChatTokenizer, settings: RefineSettings,
     spoken: Messages = []
     while said := input("you: ").strip():
         spoken.append({"role": "user", "content": said})
-        prompt = reply_prompt(spoken, settings.style)
+        prompt = reply_prompt(spoken, settings.prompts.system)
         reply = answer(model, tokenizer, prompt, settings, settings.max_new_tokens, 1)
         print(f"model: {reply}")
         spoken.append({"role": "assistant", "content": reply})
         if not reflect:
             continue
-        text = answer(model, tokenizer, reflection_prompt(prompt, reply), settings, settings.reflection_tokens, 3)
+        text = answer(model, tokenizer, reflection_prompt(prompt, reply, settings.prompts.refine), settings,
+            settings.reflection_tokens, 3)  # fmt: skip
         thought = parse_reflection(text)
         if thought is None:
             print("  (the reflection cannot be read)")

@@ -24,23 +24,24 @@ from typing import Any
 import iterate
 
 from selfevo.datasets.corpus import load_test
+from selfevo.datasets.prompts import REPLY_STYLES
 from selfevo.dialogue import Example
 from selfevo.evaluation.columns import BERT_MODEL, CONVENTIONS, EXTRAS
 from selfevo.evaluation.folder import answered_models, read_examples
 from selfevo.evaluation.score import compare_models, score_answers
 from selfevo.evaluation.tables import interval_table, significance_table
-from selfevo.evolve import EvolveConfig, RunError, load_backbone
+from selfevo.evolve import DataSettings, EvolveConfig, RunError, load_backbone
 from selfevo.evolve.evaluate import evaluate_model
 from selfevo.evolve.settings import compose, leaves
 from selfevo.files import read_json, write_text
 from selfevo.lora import load_adapter, remove_adapters
 from selfevo.training import keep_freed_memory
 
-PROMPTS = ("plain", "strategies", "reflection")
+PROMPTS = (*REPLY_STYLES, "refine")
 # The settings of iterate.py that say how replies are drawn and where; a run's own are taken where it has them.
 OF_REPLIES = (
-    "limit", "temperature", "top_p", "top_k", "repetition_penalty", "max_new_tokens", "reflection_tokens", "tries",
-    "slots", "seed", "dtype", "device", "revision", "chat_format",
+    "limit", "skip_greetings", "style", "prompts_file", "temperature", "top_p", "top_k", "repetition_penalty",
+    "max_new_tokens", "reflection_tokens", "tries", "slots", "seed", "dtype", "device", "revision", "chat_format",
 )  # fmt: skip
 
 
@@ -54,7 +55,11 @@ def parse() -> tuple[argparse.Namespace, dict[str, Any]]:
     parser.add_argument(
         "--model", action="append", default=[], metavar="NAME=BACKBONE[@ADAPTER]", help="a model to ask"
     )
-    parser.add_argument("--prompts", nargs="+", choices=PROMPTS, default=["strategies"], help="prompts to ask under")
+    parser.add_argument(
+        "--prompts", nargs="+", choices=PROMPTS, metavar="STYLE",
+        help=f"prompts to ask under, of {', '.join(PROMPTS)}; refine lets a model reflect on its reply and rewrite it "
+        "(default: --style)",
+    )  # fmt: skip
     parser.add_argument("--convention", choices=CONVENTIONS, default="paper", help="how to count (default: paper)")
     parser.add_argument("--extras", nargs="+", choices=EXTRAS, default=[], help="scores that need other packages")
     parser.add_argument("--bert-model", default=BERT_MODEL, metavar="TEXT", help="model of BERTScore, name or folder")
@@ -73,11 +78,11 @@ def settings_of(folder: Path, given: dict[str, Any]) -> EvolveConfig:
     return compose(EvolveConfig, {"backbone": "", "esconv": "", "out": str(folder), **known, **given})
 
 
-def test_turns(folder: Path, test: str | None, limit: int) -> list[Example]:
+def test_turns(folder: Path, test: str | None, data: DataSettings) -> list[Example]:
     """The folder's test turns, or those of a file."""
     if test is None:
         return read_examples(folder)
-    return load_test(test, limit)
+    return load_test(test, data.limit, skip_greetings=data.skip_greetings)
 
 
 def ask(entry: str, prompts: list[str], config: EvolveConfig, examples: list[Example], folder: Path) -> None:
@@ -94,9 +99,8 @@ def ask(entry: str, prompts: list[str], config: EvolveConfig, examples: list[Exa
     if adapter:
         load_adapter(model, adapter)
     for prompt, named in names.items():
-        style = "plain" if prompt == "plain" else "strategies"
-        settings = replace(config.test_replies, style=style)
-        evaluate_model(model, tokenizer, examples, folder, named, settings, reflecting=prompt == "reflection")
+        settings = config.test_replies if prompt == "refine" else replace(config.test_replies, style=prompt)
+        evaluate_model(model, tokenizer, examples, folder, named, settings, refining=prompt == "refine")
 
 
 def main() -> int:
@@ -108,9 +112,9 @@ def main() -> int:
         config = settings_of(Path(own.folder), given)
         if own.model:
             keep_freed_memory()
-            examples = test_turns(folder, own.test, config.data.limit)
+            examples = test_turns(folder, own.test, config.data)
             for entry in own.model:
-                ask(entry, own.prompts, config, examples, folder)
+                ask(entry, own.prompts or [config.replies.style], config, examples, folder)
         names = answered_models(folder)
         for name in names:
             score_answers(folder, name, convention=own.convention, extras=own.extras, bert_model=own.bert_model)

@@ -30,6 +30,7 @@ EMBEDDED: dict[str, Any] = {
     "synthetic": (str(HERE / "data" / "synthetic.json"),),
     "replay": str(HERE / "data" / "replay.json"),
     "test": str(HERE / "data" / "test.json"),
+    "style": "strategies",  # the prompts that the backbone was taught
     "sft_learning_rate": 1e-3,
     "learning_rate": 3e-5,
     "max_new_tokens": 64,

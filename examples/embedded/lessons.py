@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from random import Random
 
-from selfevo.datasets.prompts import REPLY_STYLES, reply_prompt
+from selfevo.datasets.prompts import PROMPTS, reply_prompt
 from selfevo.evolve.reflection import reflection_prompt
 from selfevo.models import ChatTokenizer
 
@@ -21,6 +21,7 @@ from .world import KINDS, OPENERS, Dialogue
 
 Messages = list[dict[str, str]]
 Example = tuple[Messages, str]  # prompt, answer
+STYLES = ("plain", "strategies")  # of the library's prompts, those that the backbone is taught
 OWN_REPLIES = {"long": 0.35, "short": 0.25, "personal": 0.25, "wrong": 0.15}
 # System prompts that ask for another voice: a short general one, a personal one.
 VOICES = (
@@ -68,15 +69,15 @@ def own_reply(rng: Random, known: Mapping[str, str], newest: Sequence[str], sort
 
 def dialogue_row(rng: Random, dialogue: Dialogue, *, reflections: int, replies: int) -> list[Example]:
     """Replies and reflections at some turns of a dialogue, under one of the system prompts."""
-    style = rng.choice(REPLY_STYLES)
+    system, refine = vars(PROMPTS[rng.choice(STYLES)]).values()
     row: list[Example] = []
     turns = range(len(dialogue.turns))
     for turn in sorted(rng.sample(turns, min(replies, len(turns)))):
-        row.append((reply_prompt(dialogue.messages(turn), style), world.long_reply(rng)[1]))
+        row.append((reply_prompt(dialogue.messages(turn), system), world.long_reply(rng)[1]))
     for turn in sorted(rng.sample(turns, min(reflections, len(turns)))):
         known, newest = dialogue.known(turn), dialogue.turns[turn].reveals
         reply = own_reply(rng, known, newest)
-        prompt = reflection_prompt(reply_prompt(dialogue.messages(turn), style), reply)
+        prompt = reflection_prompt(reply_prompt(dialogue.messages(turn), system), reply, refine)
         row.append((prompt, reflection(rng, known, reply, newest)))
     return row
 

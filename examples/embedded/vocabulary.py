@@ -12,8 +12,7 @@ from random import Random
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from selfevo.datasets.prompts import REPLY_STYLES, reply_prompt
-from selfevo.evolve.reflection import reflection_prompt
+from selfevo.datasets.prompts import PROMPTS
 from selfevo.models.llama import Llama3Chat
 
 from . import lessons
@@ -26,8 +25,8 @@ SIZE = 2300
 
 def prompt_lines() -> list[str]:
     """The lines of the library's prompts and of the voices; what one style has in common with another counts once."""
-    plain, strategies = (reply_prompt([], style)[0]["content"] for style in REPLY_STYLES)
-    request = reflection_prompt([], "")[-1]["content"]
+    plain, strategies = (PROMPTS[style].system for style in lessons.STYLES)
+    request = PROMPTS[lessons.STYLES[0]].refine
     return [plain, strategies.removeprefix(plain), *request.split("\n"), *lessons.VOICES]
 
 

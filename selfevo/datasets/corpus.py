@@ -31,6 +31,8 @@ class HumanData:
 
     esconv: Annotated[str, "human dialogues to learn from (ESConv.json); split 9:1 by dialogue"]
     test: Annotated[str, "test dialogues; without any, the tenth of ESConv that is held out"] = ""
+    skip_greetings: Annotated[bool, "leave the first and the last two supporter turns out of the test turns"] = False
+    hold_out: Annotated[bool, "without --test: hold a tenth of the training dialogues out for early stopping"] = False
     limit: Annotated[int, "at most this many records of every file, for a quick try; 0 takes all"] = 0
 
     def __post_init__(self) -> None:
@@ -95,9 +97,10 @@ class Corpus:
 def load_corpus(data: DataSettings, *, iterations: int, seed: int) -> Corpus:
     """Reads and cleans all files and splits them by dialogue, as the seed says.
 
-    ESConv is split 9:1. The tenth is the test set, or, where ``data.test`` names a file, what SFT is held out against;
-    without such a file a tenth of the training dialogues serves for that. Seeds, from ``data.synthetic`` or else from
-    the training dialogues, are split into one part per iteration.
+    ESConv is split 9:1. The tenth is the test set, or, where ``data.test`` names a file, what is held out for early
+    stopping of SFT; without such a file nothing is, unless ``data.hold_out`` takes a tenth of the training dialogues
+    for it. Test turns are all supporter turns, but for those that ``data.skip_greetings`` leaves out. Seeds, from
+    ``data.synthetic`` or else from the training dialogues, are split into one part per iteration.
     """
     counts: Counts = {}
     train, held_out, tested = split_human(data, seed, counts)
@@ -114,7 +117,7 @@ def load_corpus(data: DataSettings, *, iterations: int, seed: int) -> Corpus:
             )
             for i, part in enumerate(parts, 1)
         ],
-        test=[example for dialogue in tested for example in reply_examples(dialogue, test_counts)],
+        test=_test_turns(tested, data.skip_greetings, test_counts),
         counts={name: dict(rules) for name, rules in counts.items()},
     )
     _check(corpus, data)
@@ -127,15 +130,20 @@ def split_human(data: HumanData, seed: int, counts: Counts) -> tuple[list[Dialog
     train, held_out = split_dialogues(human, (0.9, 0.1), seed=derive_seed(seed, "split", "test"))
     if data.test:
         return train, held_out, _dialogues(data.test, data.limit, counts)
+    if not data.hold_out:
+        return train, [], held_out
     train, early = split_dialogues(train, (0.9, 0.1), seed=derive_seed(seed, "split", "held-out"))
     return train, early, held_out
 
 
-def load_test(path: str, limit: int = 0) -> list[Example]:
+def load_test(path: str, limit: int = 0, *, skip_greetings: bool = False) -> list[Example]:
     """The test turns of a file, cleaned as those of a run are; ``limit`` bounds the dialogues (0: all)."""
-    counts: Counts = {}
-    rules = _counter(counts, path, "targets")
-    return [example for dialogue in _dialogues(path, limit, counts) for example in reply_examples(dialogue, rules)]
+    return _test_turns(_dialogues(path, limit, {}), skip_greetings, Counter())
+
+
+def _test_turns(dialogues: list[Dialogue], skip_greetings: bool, counts: Counter[str]) -> list[Example]:
+    first, last = (1, 2) if skip_greetings else (0, 0)
+    return [e for one in dialogues for e in reply_examples(one, counts, skip_first=first, skip_last=last)]
 
 
 def _counter(counts: Counts, path: str, what: str) -> Counter[str]:

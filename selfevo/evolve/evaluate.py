@@ -7,15 +7,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from selfevo.datasets.prompts import reply_prompt
+from selfevo.datasets.prompts import SELF_REFLECTION, reply_prompt
 from selfevo.dialogue import Example, to_messages
 from selfevo.evaluation.folder import write_examples
 from selfevo.evaluation.score import score_answers
+from selfevo.evolve.json_repair import json_object_end, salvage_json
 from selfevo.evolve.refine import RefineSettings, reflect
 from selfevo.files import read_json, write_jsonl
-from selfevo.generate.replies import sample_replies
+from selfevo.generate.replies import Reply, sample_replies
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
+
+_TEXT = "text"  # the key of the reply in the JSON of the style self-reflection
 
 
 def evaluate_model(
@@ -26,31 +29,49 @@ def evaluate_model(
     name: str,
     settings: RefineSettings,
     *,
-    reflecting: bool = False,
+    refining: bool = False,
 ) -> dict[str, float]:
     """Answers every example and scores the answers under our convention; what is in ``folder`` already is not repeated.
 
     A test context that does not fit into the window loses its oldest turns; where that is not enough the example is
-    left out for every model alike, and counted. ``reflecting`` scores what the model makes of its replies when asked to
-    reflect on them (Table 3); a reply whose reflection cannot be used stays as it is.
+    left out for every model alike, and counted. Under the style ``self-reflection`` (Table 3) the reply is the text
+    inside the JSON that the model writes. ``refining`` scores what the model makes of its replies when asked to reflect
+    on them. A reply whose JSON cannot be used stays as it is; ``unusable_json`` and ``refined`` are counted.
     """
     path = folder / f"{name}.json"
     if path.is_file():
         return {key: score["value"] for key, score in read_json(path)["scores"].items()}
     write_examples(folder, examples)
-    prompts = [reply_prompt(to_messages(example.context), settings.style) for example in examples]
-    first = folder / name / "first_replies.jsonl" if reflecting else folder / f"{name}.replies.jsonl"
+    prompts = [reply_prompt(to_messages(example.context), settings.prompts.system) for example in examples]
+    as_json = settings.style == SELF_REFLECTION
+    final = folder / f"{name}.replies.jsonl"
     replies = sample_replies(
-        model, tokenizer, prompts, first,
-        sampling=settings.sampling, max_new_tokens=settings.max_new_tokens,
+        model, tokenizer, prompts, folder / name / "first_replies.jsonl" if as_json or refining else final,
+        sampling=settings.sampling, max_new_tokens=settings.reflection_tokens if as_json else settings.max_new_tokens,
+        stop_when=(lambda text: json_object_end(text, _TEXT) is not None) if as_json else None,
         slots=settings.slots, label=f"{name} answers the test dialogues",
     )  # fmt: skip
     counts: Counter[str] = Counter()
-    if reflecting:
+    if as_json:
+        replies = [_text_of(reply, counts) for reply in replies]
+    if refining:
         reflections = reflect(model, tokenizer, prompts, replies, folder / name, settings, counts)
         replies = [
             r if thought is None else replace(r, text=thought.refined) for r, thought in zip(replies, reflections)
         ]
         counts["refined"] = sum(thought is not None for thought in reflections)
-        write_jsonl(folder / f"{name}.replies.jsonl", [{"index": i, **vars(r)} for i, r in enumerate(replies)])
+    if as_json or refining:
+        write_jsonl(final, [{"index": i, **vars(r)} for i, r in enumerate(replies)])
     return score_answers(folder, name, counts=counts)
+
+
+def _text_of(reply: Reply, counts: Counter[str]) -> Reply:
+    """The reply inside ``{"strategy", "text"}``."""
+    if reply.text is None:
+        return reply
+    found = salvage_json(reply.text, _TEXT)
+    text = None if found is None else found.value.get(_TEXT)
+    if isinstance(text, str) and text.strip():
+        return replace(reply, text=text.strip())
+    counts["unusable_json"] += 1
+    return reply

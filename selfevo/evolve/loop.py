@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from selfevo.datasets.corpus import Corpus, DataSettings, load_corpus
+from selfevo.datasets.prompts import SELF_REFLECTION
 from selfevo.dialogue import Dialogue, Instruction
 from selfevo.evaluation.tables import comparison_table
 from selfevo.evolve.controls import CONTROLS, controlled
@@ -39,6 +40,8 @@ class EvolveConfig(RunConfig):
             raise ValueError(f"iterations must be at least 1, not {self.iterations}")
         if self.control not in CONTROLS:
             raise ValueError(f"control should be one of {', '.join(CONTROLS)}, not {self.control!r}")
+        if self.replies.style == SELF_REFLECTION:
+            raise ValueError("style self-reflection asks for JSON; it is for evaluation, not for training")
         super().__post_init__()
 
     @property
@@ -103,8 +106,8 @@ def _acquire(context: RunContext, name: str) -> None:
     counts: Counter[str] = Counter()
 
     def objective(dialogues: list[Dialogue], replay: list[Instruction]) -> SFTObjective:
-        window, style = context.model.config.max_positions, context.config.replies.style
-        return sft_objective(context.tokenizer, dialogues, replay, style=style, window=window, counts=counts)
+        window, system = context.model.config.max_positions, context.config.replies.prompts.system
+        return sft_objective(context.tokenizer, dialogues, replay, system=system, window=window, counts=counts)
 
     corpus = context.corpus
     items = objective(corpus.train, corpus.replay)

@@ -1,7 +1,8 @@
 """Preference pairs from self-reflection: reply (rejected), reflect and refine (chosen), then the paper's data rules.
 
 Section 3.3 and Appendix A: a reflection is requested as JSON up to three times, then the golden reply stands in;
-a refined reply more than twice as long as the rejected one gives way to the golden reply. Every rule counts its cases.
+a refined reply more than twice as long as the rejected or the golden one gives way to the golden one. Every rule
+counts its cases.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 from selfevo.datasets.pairs import Pair, read_pairs
-from selfevo.datasets.prompts import REPLY_STYLES, reply_prompt
+from selfevo.datasets.prompts import REPLY_STYLES, Prompts, prompts_of, reply_prompt
 from selfevo.datasets.seeds import derive_seed
 from selfevo.dialogue import Example, Message, to_messages
 from selfevo.evaluation.ask_json import ask_again
@@ -24,7 +25,7 @@ from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
 
-LENGTH_RATIO = 2.0  # a chosen reply longer than this many times the rejected one is replaced
+LENGTH_RATIO = 2.0  # a refined reply longer than this many times the rejected or the golden one is replaced
 SOURCES = ("refined", "golden")  # where chosen replies come from: Table 5's SR, and HM or HL by the seed dialogues
 
 
@@ -34,7 +35,8 @@ class RefineSettings(ReplySettings):
 
     reflection_tokens: Annotated[int, "longest reflection, in tokens"] = 384
     tries: Annotated[int, "tries for a usable reflection before the golden reply is used"] = 3
-    style: Annotated[str, "system prompt of replies", REPLY_STYLES] = "strategies"
+    style: Annotated[str, "system prompt of replies", REPLY_STYLES] = "strategy"
+    prompts_file: Annotated[str, "JSON object of texts that replace prompts: by style, and refine"] = ""
     chosen: Annotated[str, "where chosen replies come from: the model's refinement, or the seed dialogues", SOURCES] = (
         "refined"
     )
@@ -47,6 +49,11 @@ class RefineSettings(ReplySettings):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} should be one of {', '.join(known)}, not {getattr(self, name)!r}")
         super().__post_init__()
+
+    @property
+    def prompts(self) -> Prompts:
+        """The texts of the style."""
+        return prompts_of(self.style, self.prompts_file)
 
 
 def make_pairs(
@@ -64,7 +71,7 @@ def make_pairs(
     if (folder / "filter.json").is_file():
         return read_pairs(folder / "pairs.jsonl")
     counts: Counter[str] = Counter(examples=len(examples))
-    prompts = [reply_prompt(to_messages(example.context), settings.style) for example in examples]
+    prompts = [reply_prompt(to_messages(example.context), settings.prompts.system) for example in examples]
     replies = sample_replies(
         model, tokenizer, prompts, folder / "replies.jsonl",
         sampling=settings.sampling, max_new_tokens=settings.max_new_tokens, slots=settings.slots, label="replies",
@@ -89,12 +96,13 @@ def reflect(
 ) -> list[Reflection | None]:
     """The model's reflection on each of its replies, or None where no try gave a usable one."""
     found: list[Reflection | None] = [None] * len(prompts)
+    request = settings.prompts.refine
 
     def ask(indices: list[int], attempt: int) -> list[Reply]:
         return sample_replies(
             model,
             tokenizer,
-            [reflection_prompt(prompts[index], replies[index].text or "") for index in indices],
+            [reflection_prompt(prompts[index], replies[index].text or "", request) for index in indices],
             folder / f"reflections-{attempt}.jsonl",
             sampling=replace(settings.sampling, seed=derive_seed(settings.sampling.seed, "reflection", attempt)),
             max_new_tokens=settings.reflection_tokens,
@@ -145,7 +153,7 @@ def filter_pairs(
         chosen, source = golden, "golden"
         if reflection is None:
             counts["golden_for_missing_reflection"] += reflections is not None
-        elif _words(reflection.refined) > LENGTH_RATIO * _words(reply.text):
+        elif _words(reflection.refined) > LENGTH_RATIO * min(_words(reply.text), _words(golden)):
             counts["golden_for_too_long_refinement"] += 1
         else:
             chosen, source = reflection.refined, "refined"

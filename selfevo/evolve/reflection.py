@@ -11,13 +11,6 @@ from selfevo.evolve.json_repair import salvage_json
 
 REFINED = "refined_response"  # the key that every usable reflection has
 ASPECTS = ("profile", "emotion", "personality", "intention")
-_REFLECTION = """Pause the conversation and look at your last reply.
-Step 1: understand the user from what they said: profile (facts about their life), emotion, personality, intention.
-Step 2: score your last reply from 1 (generic) to 5 (made for this user) and say what it lacks.
-Step 3: rewrite it so that it fits this user: short, natural, with a suitable strategy.
-Answer with one JSON object only:
-{"understanding": {"profile": "", "emotion": "", "personality": "", "intention": ""}, "score": 0, "feedback": "", \
-"refined_response": ""}"""
 
 
 @dataclass(frozen=True)
@@ -30,14 +23,17 @@ class Reflection:
     refined: str
 
 
-def reflection_prompt(prompt: Messages, reply: str) -> list[dict[str, str]]:
+def reflection_prompt(prompt: Messages, reply: str, request: str) -> list[dict[str, str]]:
     """The reply prompt continued by the model's own reply and by the request to reflect on it and to refine it."""
     own = {"role": "assistant", "content": reply}
-    return [*(dict(message) for message in prompt), own, {"role": "user", "content": _REFLECTION}]
+    return [*(dict(message) for message in prompt), own, {"role": "user", "content": request}]
 
 
 def read_reflection(value: Mapping[str, Any]) -> Reflection | None:
-    """The reflection in a parsed JSON object, or None where it has no refined response to use."""
+    """The reflection in a parsed JSON object, or None where it has no refined response to use.
+
+    Keys are the paper's (``user_profile``, ``evaluation_score``, ...) or those of version 0.1 (``profile``, ``score``).
+    """
     refined = value.get(REFINED)
     if not isinstance(refined, str) or not refined.strip():
         return None
@@ -45,8 +41,8 @@ def read_reflection(value: Mapping[str, Any]) -> Reflection | None:
     if not isinstance(understanding, Mapping):
         understanding = {}
     return Reflection(
-        understanding={aspect: _as_text(understanding.get(aspect, "")) for aspect in ASPECTS},
-        score=_as_score(value.get("score")),
+        understanding={a: _as_text(understanding.get(f"user_{a}", understanding.get(a, ""))) for a in ASPECTS},
+        score=_as_score(value.get("evaluation_score", value.get("score"))),
         feedback=_as_text(value.get("feedback", "")),
         refined=refined.strip(),
     )

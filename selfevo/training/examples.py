@@ -27,11 +27,11 @@ def sft_objective(
     dialogues: Sequence[Dialogue],
     replay: Sequence[Instruction],
     *,
-    style: str,
+    system: str,
     window: int,
     counts: Counter[str],
 ) -> SFTObjective:
-    """Every supporter turn in its context, and the replayed instructions, as ids.
+    """Every supporter turn in its context under a ``system`` prompt, and the replayed instructions, as ids.
 
     A context longer than the window loses its oldest turns; an example that cannot fit even so is left out. Both are
     counted.
@@ -39,7 +39,7 @@ def sft_objective(
     conversations: list[SFTExample] = []
     for dialogue in dialogues:
         for example in reply_examples(dialogue, Counter(), skip_first=0, skip_last=0):
-            conversations.append((dialogue.id, reply_prompt(to_messages(example.context), style), example.golden.text))
+            conversations.append((dialogue.id, reply_prompt(to_messages(example.context), system), example.golden.text))
     for instruction in replay:
         *messages, answer = [dict(message) for message in instruction.messages]
         conversations.append((instruction.id, messages, answer["content"]))

@@ -31,14 +31,27 @@ def ids(examples: list[Any]) -> set[str]:
 
 
 def test_esconv_is_split_nine_to_one_and_nothing_leaks_into_the_test(tmp_path: Path) -> None:
-    made = corpus(tmp_path)
+    made = corpus(tmp_path, hold_out=True)
     train, held_out = {d.id for d in made.train}, {d.id for d in made.held_out}
     assert (len(train), len(held_out), len(ids(made.test))) == (32, 4, 4)
     assert not train & held_out
     assert not (train | held_out) & ids(made.test)
     assert not any(ids(part.examples) & (ids(made.test) | held_out) for part in made.seeds)
-    assert made == corpus(tmp_path)
+    assert made == corpus(tmp_path, hold_out=True)
     assert made.train != corpus(tmp_path, seed=1).train
+
+
+def test_nine_tenths_train_unless_some_are_to_be_held_out(tmp_path: Path) -> None:
+    made = corpus(tmp_path)
+    assert (len(made.train), len(made.held_out), len(ids(made.test))) == (36, 0, 4)
+    assert ids(made.test) == ids(corpus(tmp_path, hold_out=True).test)
+
+
+def test_test_turns_are_all_supporter_turns_unless_greetings_are_skipped(tmp_path: Path) -> None:
+    whole, short = corpus(tmp_path), corpus(tmp_path, skip_greetings=True)
+    assert len(whole.test) == len(short.test) + 3 * len(ids(whole.test))
+    assert {example.id for example in short.test} < {example.id for example in whole.test}
+    assert whole.seeds == short.seeds  # Appendix A's rule is about preference data
 
 
 def test_with_a_test_file_the_tenth_is_what_training_is_held_out_against(tmp_path: Path) -> None:
@@ -75,10 +88,12 @@ def test_limit_and_replay_count_bound_what_is_read(tmp_path: Path) -> None:
 def test_files_that_leave_a_stage_without_data_are_named(tmp_path: Path) -> None:
     short = tmp_path / "short.json"
     short.write_text(json.dumps([dialogue(number, turns=3) for number in range(4)]))
+    silent = tmp_path / "silent.json"
+    silent.write_text(json.dumps([dialogue(number, turns=0) for number in range(4)]))
     with pytest.raises(CorpusError, match=r"short\.json: no supporter turn is left as a seed of iteration 1"):
         corpus(tmp_path, synthetic=(str(short),))
-    with pytest.raises(CorpusError, match=r"short\.json: no supporter turn is left to test on"):
-        corpus(tmp_path, test=str(short))
+    with pytest.raises(CorpusError, match=r"silent\.json: no supporter turn is left to test on"):
+        corpus(tmp_path, test=str(silent))
 
 
 def test_a_training_sequence_is_the_generation_prompt_the_reply_and_one_stop_id(shared: Path, tmp_path: Path) -> None:
@@ -86,12 +101,12 @@ def test_a_training_sequence_is_the_generation_prompt_the_reply_and_one_stop_id(
     made, counts = corpus(tmp_path), Counter[str]()
     replay = [Instruction("a", ({"role": "user", "content": "Say 1."}, {"role": "assistant", "content": "1"}))]
     dialogues = made.train[:3]
-    options: dict[str, Any] = {"style": "plain", "counts": counts}
+    options: dict[str, Any] = {"system": "Be kind.", "counts": counts}
     objective = sft_objective(tokenizer, dialogues, replay, window=4096, **options)
     turns = [e for d in dialogues for e in reply_examples(d, Counter(), skip_first=0, skip_last=0)]
     assert len(objective) == len(turns) + 1 == counts["examples"]
     for (prompt, response), example in zip(objective.examples, turns):
-        assert prompt == tokenizer.encode_chat(reply_prompt(to_messages(example.context), "plain"))
+        assert prompt == tokenizer.encode_chat(reply_prompt(to_messages(example.context), "Be kind."))
         assert list(response) == [*tokenizer.encode(example.golden.text), tokenizer.stop_ids[0]]
     assert objective.groups[-1] == "a"
     counts.clear()

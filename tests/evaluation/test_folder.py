@@ -124,13 +124,13 @@ def test_any_checkpoint_answers_the_runs_turns_or_a_files(run: Path, world: Path
     assert records(run / "eval" / "again.replies.jsonl") == records(run / "eval" / "M1.replies.jsonl")
     other = tmp_path / "other"
     flags = ["--test", str(world / "test.json"), "--max-new-tokens", "12", "--reflection-tokens", "16", "--tries", "1"]
-    done = example("evaluate", str(other), *flags, "--model", f"m={backbone}", "--prompts", "plain", "reflection")
+    done = example("evaluate", str(other), *flags, "--model", f"m={backbone}", "--prompts", "self-reflection", "refine")
     assert done.returncode == 0, done.stderr
     assert read_examples(other / "eval") == read_examples(run / "eval")
-    assert "| m-reflection - m-plain |" in done.stdout
-    sampled = (other / "eval" / "m-plain.replies.jsonl").stat().st_mtime_ns
-    assert example("evaluate", str(other), *flags, "--model", f"m={backbone}", "--prompts", "plain", "reflection")
-    assert (other / "eval" / "m-plain.replies.jsonl").stat().st_mtime_ns == sampled
+    assert "| m-self-reflection - m-refine |" in done.stdout
+    sampled = (other / "eval" / "m-refine.replies.jsonl").stat().st_mtime_ns
+    assert example("evaluate", str(other), *flags, "--model", f"m={backbone}", "--prompts", "self-reflection", "refine")
+    assert (other / "eval" / "m-refine.replies.jsonl").stat().st_mtime_ns == sampled
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,8 @@ def write_stage(run: Path, stage: str, examples: list[Example]) -> None:
         return
     thought = {"understanding": {"profile": ATTACK, "emotion": "fear"}, "score": 2, "feedback": "vague", "refined": "x"}
     pairs = [
-        Pair(f"d{i}#1", f"d{i}", reply_prompt(to_messages(one.context)), f"User {i} {ATTACK}", "No.", "Why?", "refined",
-             thought) for i, one in enumerate(examples)
+        Pair(f"d{i}#1", f"d{i}", reply_prompt(to_messages(one.context), "Kind."), f"User {i} {ATTACK}", "No.", "Why?",
+             "refined", thought) for i, one in enumerate(examples)
     ]  # fmt: skip
     write_jsonl(run / stage / "pairs.jsonl", [pair.as_record() for pair in pairs])
     write_json(run / stage / "filter.json", {"examples": 9, "kept_refined": len(pairs)})
@@ -240,8 +240,8 @@ def test_the_page_can_be_read_without_looking(html: str) -> None:
 def test_what_users_and_models_wrote_is_text_and_never_markup(html: str) -> None:
     found = Page(html)
     assert not found.tags("script")
-    assert f"M2 answers 2: I hear you {ATTACK}" in found.content  # as it was written
-    assert f"User 1 says 1 {ATTACK}" in found.content
+    assert re.search(rf"M2 answers \d+: I hear you {re.escape(ATTACK)}", found.content)  # as it was written
+    assert re.search(rf"User \d+ says \d+ {re.escape(ATTACK)}", found.content)
     assert found.content.count(f"profile{ATTACK}") == 2
 
 
@@ -318,8 +318,8 @@ def test_a_stage_that_has_just_begun_is_reported_too(run: Path) -> None:
     write_jsonl(run / "eval" / "M2.replies.jsonl", read_jsonl(run / "eval" / "M2.replies.jsonl")[:1])
     found = read_page(run)
     assert "unfinished: M2 not scored yet" in found.content
-    assert "M1 answers 2" in found.content
-    assert "M2 answers 2" not in found.content
+    assert re.search(r"M1 answers \d", found.content)
+    assert not re.search(r"M2 answers \d", found.content)
 
 
 def test_without_matplotlib_everything_but_the_figures_is_there(

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from selfevo.datasets import Pair, read_pairs
 from selfevo.datasets.encoding import fit_prompt
-from selfevo.datasets.prompts import reply_prompt
+from selfevo.datasets.prompts import REPLY_STYLES, Prompts, prompts_of, reply_prompt
 from selfevo.dialogue import ESCONV_STRATEGIES, Example, Turn
 from selfevo.evolve.controls import controlled
 from selfevo.evolve.json_repair import json_object_end
-from selfevo.evolve.refine import filter_pairs
+from selfevo.evolve.refine import RefineSettings, filter_pairs
 from selfevo.evolve.reflection import ASPECTS, Reflection, parse_reflection, read_reflection, reflection_prompt
 from selfevo.files import FileError, write_jsonl
 from selfevo.generate import Reply, Sampling, generate, sample_replies
@@ -43,25 +43,57 @@ CONVERSATION = [
 # Prompts
 
 
-def test_the_reply_prompt_replaces_a_system_message_and_names_the_eight_strategies() -> None:
-    prompt = reply_prompt([{"role": "system", "content": "other"}, *CONVERSATION])
-    assert [message["role"] for message in prompt] == ["system", "user", "assistant", "user"]
-    assert all(name in prompt[0]["content"] for name in ESCONV_STRATEGIES)
-    plain = reply_prompt(CONVERSATION, "plain")
-    assert not any(name in plain[0]["content"] for name in ("Question", "Restatement"))
-    with pytest.raises(ValueError, match="reply style"):
-        reply_prompt(CONVERSATION, "fancy")
+def test_the_reply_prompt_replaces_a_system_message() -> None:
+    prompt = reply_prompt([{"role": "system", "content": "other"}, *CONVERSATION], "ours")
+    assert prompt == [{"role": "system", "content": "ours"}, *CONVERSATION]
+
+
+def test_the_styles_are_those_of_the_paper_and_of_version_0_1() -> None:
+    vanilla, strategy, reflecting, plain, older = (prompts_of(style).system for style in REPLY_STYLES)
+    for text in (vanilla, strategy, reflecting, older):
+        assert all(name in text for name in ESCONV_STRATEGIES)
+    assert len(vanilla) < len(strategy) < len(reflecting)
+    assert reflecting.startswith(strategy)
+    assert all(key in reflecting for key in ('"strategy"', '"text"'))
+    assert not any(name in plain for name in ("Question", "Restatement"))
+    with pytest.raises(ValueError, match="style should be one of vanilla, strategy"):
+        prompts_of("fancy")
+
+
+def test_a_file_replaces_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text('{"vanilla": "Be kind.", "refine": "Again, as JSON."}')
+    assert prompts_of("vanilla", str(path)) == Prompts("Be kind.", "Again, as JSON.")
+    assert prompts_of("strategy", str(path)) == Prompts(prompts_of("strategy").system, "Again, as JSON.")
+    settings = RefineSettings(style="vanilla", prompts_file=str(path))
+    assert settings.prompts.system == "Be kind."
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"vanila": "Be kind."}')
+    with pytest.raises(FileError, match=r"bad\.json: expected a JSON object of texts under some of .*vanilla"):
+        prompts_of("vanilla", str(bad))
 
 
 @pytest.mark.parametrize("name", ["llama3", "qwen2"])
 def test_a_reflection_continues_the_conversation_that_the_reply_came_from(shared: Path, name: str) -> None:
     tokenizer = load_tokenizer(shared / "tokenizers" / name)
-    prompt = reply_prompt(CONVERSATION)
-    reflection = reflection_prompt(prompt, "I am sorry.")
+    texts = prompts_of("strategy")
+    prompt = reply_prompt(CONVERSATION, texts.system)
+    reflection = reflection_prompt(prompt, "I am sorry.", texts.refine)
     assert [message["role"] for message in reflection[-2:]] == ["assistant", "user"]
-    assert all(f'"{aspect}"' in reflection[-1]["content"] for aspect in (*ASPECTS, "score", "refined_response"))
+    keys = [*(f"user_{aspect}" for aspect in ASPECTS), "evaluation_score", "feedback", "refined_response"]
+    assert all(f'"{key}"' in reflection[-1]["content"] for key in keys)
     begun = tokenizer.encode_chat(prompt) + tokenizer.encode_reply("I am sorry.")
     assert tokenizer.encode_chat(reflection)[: len(begun)] == begun
+
+
+def test_the_keys_of_the_paper_and_of_version_0_1_are_read_alike() -> None:
+    papers = {
+        "understanding": {f"user_{aspect}": text for aspect, text in WHOLE["understanding"].items()},
+        "evaluation_score": "2/5",
+        "feedback": "generic",
+        "refined_response": WHOLE["refined_response"],
+    }
+    assert read_reflection(papers) == read_reflection(WHOLE) is not None
 
 
 # Reflections
@@ -134,7 +166,7 @@ def filtered(reply: Reply, refined: str | None, golden: str = "golden reply") ->
 
 
 def test_a_refined_reply_is_chosen_over_the_first_one() -> None:
-    (pair,), counts = filtered(Reply("one two three"), "four five six seven eight nine")
+    (pair,), counts = filtered(Reply("one two three"), "four five six seven eight nine", golden="a golden reply")
     assert (pair.chosen, pair.rejected, pair.source) == ("four five six seven eight nine", "one two three", "refined")
     assert pair.id == "d#3"
     assert counts == {"kept_refined": 1, "pairs": 1}
@@ -143,7 +175,8 @@ def test_a_refined_reply_is_chosen_over_the_first_one() -> None:
 @pytest.mark.parametrize(
     ("reply", "refined", "rule"),
     [
-        (Reply("one two three"), "1 2 3 4 5 6 7", "golden_for_too_long_refinement"),
+        (Reply("one two"), "1 2 3 4 5", "golden_for_too_long_refinement"),
+        (Reply("one two three"), "1 2 3 4 5", "golden_for_too_long_refinement"),  # over twice the golden one
         (Reply("one two three"), None, "golden_for_missing_reflection"),
     ],
 )

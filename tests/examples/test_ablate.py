@@ -70,7 +70,7 @@ def test_a_table_over_seeds_and_its_runs_are_kept(world: Path, tmp_path: Path, w
     if what == "preferences":
         assert rows == [f"{source} {model}" for source in ("HM", "HL", "SR") for model in ("M0", "M1")]
     else:
-        assert rows == [f"{m}, {k}" for m in ("backbone", "M0", "M1") for k in ("plain", "strategies", "reflection")]
+        assert rows == [f"{m}, {k}" for m in ("backbone", "M0", "M1") for k in ("plain", "strategies", "refine")]
     assert " to " in table
     stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").rglob("*.jsonl")}
     assert ablate(*command).returncode == 0
