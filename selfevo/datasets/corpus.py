@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from selfevo.datasets.readers import load_alpaca, load_dialogues
 from selfevo.datasets.seeds import derive_seed
+from selfevo.datasets.statistics import Statistics, describe_dialogues
 from selfevo.dialogue import (
     Dialogue,
     Example,
@@ -18,7 +19,19 @@ from selfevo.dialogue import (
     split_dialogues,
 )
 
-Counts = dict[str, dict[str, int]]  # per file, what cleaning changed
+
+@dataclass
+class DataLog:
+    """What was found in the files: rules that cleaning applied, by file and step, and each file's statistics."""
+
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    statistics: dict[str, Statistics] = field(default_factory=dict)
+
+    def counter(self, path: str, step: str) -> Counter[str]:
+        """A counter for one step of reading a file."""
+        counter: Counter[str] = Counter()
+        self.counts[f"{path}, {step}"] = counter
+        return counter
 
 
 class CorpusError(ValueError):
@@ -80,10 +93,10 @@ class Corpus:
     replay: list[Instruction]
     seeds: list[SeedPart]
     test: list[Example]
-    counts: Counts
+    log: DataLog
 
     def report(self) -> dict[str, object]:
-        """Sizes and rule counts, for the run folder."""
+        """Sizes, the files' statistics (Table 1) and rule counts, for the run folder."""
         sizes = {
             "train_dialogues": len(self.train),
             "held_out_dialogues": len(self.held_out),
@@ -91,7 +104,8 @@ class Corpus:
             "seed_examples": [len(part.examples) for part in self.seeds],
             "test_examples": len(self.test),
         }
-        return {"sizes": sizes, "rules": self.counts}
+        rules = {step: dict(counter) for step, counter in self.log.counts.items()}
+        return {"sizes": sizes, "statistics": self.log.statistics, "rules": rules}
 
 
 def load_corpus(data: DataSettings, *, iterations: int, seed: int) -> Corpus:
@@ -102,34 +116,32 @@ def load_corpus(data: DataSettings, *, iterations: int, seed: int) -> Corpus:
     for it. Test turns are all supporter turns, but for those that ``data.skip_greetings`` leaves out. Seeds, from
     ``data.synthetic`` or else from the training dialogues, are split into one part per iteration.
     """
-    counts: Counts = {}
-    train, held_out, tested = split_human(data, seed, counts)
-    sources = [dialogue for path in data.synthetic for dialogue in _dialogues(path, data.limit, counts)] or train
+    log = DataLog()
+    train, held_out, tested = split_human(data, seed, log)
+    sources = [dialogue for path in data.synthetic for dialogue in read_dialogues(path, data.limit, log)] or train
     parts = split_dialogues(sources, (1 / iterations,) * iterations, seed=derive_seed(seed, "split", "seeds"))
-    test_counts = _counter(counts, data.test or data.esconv, "targets")
+    test_counts = log.counter(data.test or data.esconv, "targets")
     corpus = Corpus(
         train=train,
         held_out=held_out,
-        replay=_replay(data, seed, counts),
+        replay=_replay(data, seed, log),
         seeds=[
-            _seed_part(
-                part, derive_seed(seed, "split", "seeds", i, "held-out"), _counter(counts, "seeds", f"targets_{i}")
-            )
+            _seed_part(part, derive_seed(seed, "split", "seeds", i, "held-out"), log.counter("seeds", f"targets_{i}"))
             for i, part in enumerate(parts, 1)
         ],
         test=_test_turns(tested, data.skip_greetings, test_counts),
-        counts={name: dict(rules) for name, rules in counts.items()},
+        log=log,
     )
     _check(corpus, data)
     return corpus
 
 
-def split_human(data: HumanData, seed: int, counts: Counts) -> tuple[list[Dialogue], list[Dialogue], list[Dialogue]]:
+def split_human(data: HumanData, seed: int, log: DataLog) -> tuple[list[Dialogue], list[Dialogue], list[Dialogue]]:
     """Cleaned dialogues to train on, to hold out and to test on, dealt out as ``load_corpus`` says."""
-    human = _dialogues(data.esconv, data.limit, counts)
+    human = read_dialogues(data.esconv, data.limit, log)
     train, held_out = split_dialogues(human, (0.9, 0.1), seed=derive_seed(seed, "split", "test"))
     if data.test:
-        return train, held_out, _dialogues(data.test, data.limit, counts)
+        return train, held_out, read_dialogues(data.test, data.limit, log)
     if not data.hold_out:
         return train, [], held_out
     train, early = split_dialogues(train, (0.9, 0.1), seed=derive_seed(seed, "split", "held-out"))
@@ -138,7 +150,7 @@ def split_human(data: HumanData, seed: int, counts: Counts) -> tuple[list[Dialog
 
 def load_test(path: str, limit: int = 0, *, skip_greetings: bool = False) -> list[Example]:
     """The test turns of a file, cleaned as those of a run are; ``limit`` bounds the dialogues (0: all)."""
-    return _test_turns(_dialogues(path, limit, {}), skip_greetings, Counter())
+    return _test_turns(read_dialogues(path, limit), skip_greetings, Counter())
 
 
 def _test_turns(dialogues: list[Dialogue], skip_greetings: bool, counts: Counter[str]) -> list[Example]:
@@ -146,25 +158,22 @@ def _test_turns(dialogues: list[Dialogue], skip_greetings: bool, counts: Counter
     return [e for one in dialogues for e in reply_examples(one, counts, skip_first=first, skip_last=last)]
 
 
-def _counter(counts: Counts, path: str, what: str) -> Counter[str]:
-    counter: Counter[str] = Counter()
-    counts[f"{path}, {what}"] = counter
-    return counter
-
-
-def _dialogues(path: str, limit: int, counts: Counts) -> list[Dialogue]:
-    counter = _counter(counts, path, "dialogues")
+def read_dialogues(path: str, limit: int = 0, log: DataLog | None = None) -> list[Dialogue]:
+    """The cleaned dialogues of a file that have turns left, of the first ``limit`` ones (0: all)."""
+    log = DataLog() if log is None else log
+    counter = log.counter(path, "dialogues")
     dialogues = load_dialogues(path, counter)
     cleaned = [clean_dialogue(dialogue, counter) for dialogue in (dialogues[:limit] if limit else dialogues)]
     kept = [dialogue for dialogue in cleaned if dialogue.turns]
     counter["dialogues"] = len(kept)
+    log.statistics[path] = describe_dialogues(kept)
     return kept
 
 
-def _replay(data: DataSettings, seed: int, counts: Counts) -> list[Instruction]:
+def _replay(data: DataSettings, seed: int, log: DataLog) -> list[Instruction]:
     if not data.replay or not data.replay_count:
         return []
-    instructions = load_alpaca(data.replay, _counter(counts, data.replay, "instructions"))
+    instructions = load_alpaca(data.replay, log.counter(data.replay, "instructions"))
     wanted = min(len(instructions), data.replay_count, data.limit or data.replay_count)
     return random.Random(derive_seed(seed, "replay")).sample(instructions, wanted)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
-from selfevo.datasets.corpus import CorpusError, Counts, split_human
+from selfevo.datasets.corpus import CorpusError, DataLog, split_human
 from selfevo.datasets.pairs import Pair, read_pairs
 from selfevo.decoupled.evaluate import Scores, score_plans_of, score_replies_of
 from selfevo.decoupled.mining import ErrorFinder, generator_pairs, planner_pairs
@@ -113,11 +113,12 @@ def decouple(
     check_run(config, resume=resume)
     if is_finished(config):
         return Path(config.out)
-    counts: Counts = {}
-    turns = read_turns(config, counts)
+    log = DataLog()
+    turns = read_turns(config, log)
     model, tokenizer = load_backbone(config.backbone)
     run = open_run(config)
-    write_json(run / "data.json", {"turns": {name: len(part) for name, part in vars(turns).items()}, "rules": counts})
+    sizes = {name: len(part) for name, part in vars(turns).items()}
+    write_json(run / "data.json", {"turns": sizes, "statistics": log.statistics, "rules": log.counts})
     context = RunContext(config, model, tokenizer, turns, run, find_errors, judge)
     _train_sft(context, "planner-sft", lambda turn: (planner_prompt(turn.context), turn.strategy))
     _train_sft(context, "generator-sft", lambda turn: (generator_prompt(turn.context, turn.strategy), turn.reply))
@@ -136,13 +137,13 @@ def _write_table(path: Path, rows: dict[str, Scores]) -> None:
     write_text(path, mean_table({name: [scores] for name, scores in rows.items()}) + "\n")
 
 
-def read_turns(config: DecoupledConfig, counts: Counts) -> Turns:
+def read_turns(config: DecoupledConfig, log: DataLog) -> Turns:
     """The labelled turns of the run's dialogues, split by dialogue. Raises CorpusError if a part has none."""
     labelled: list[list[Labelled]] = []
-    for name, dialogues in zip(("train", "held_out", "test"), split_human(config.data, config.seed, counts)):
+    for name, dialogues in zip(("train", "held_out", "test"), split_human(config.data, config.seed, log)):
         counter: Counter[str] = Counter()
         labelled.append(labelled_turns(dialogues, counter))
-        counts[f"{name}, turns"] = dict(sorted(counter.items()))
+        log.counts[f"{name}, turns"] = dict(sorted(counter.items()))
     for what, found, path in (("train", labelled[0], config.data.esconv), ("test", labelled[2], config.data.test)):
         if not found:
             raise CorpusError(

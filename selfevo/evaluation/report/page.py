@@ -128,4 +128,9 @@ def _data(run: Path) -> dict[str, Any] | None:
     if (run / "M0" / "sft.json").is_file():
         sizes |= {f"phase 1, {name}": count for name, count in read_json(run / "M0" / "sft.json").items()}
     sizes = {name: [size] if isinstance(size, int) else size for name, size in sizes.items()}
-    return {"sizes": sizes, "rules": [(Path(source).name, counts) for source, counts in data["rules"].items()]}
+    statistics = {Path(source).name: own for source, own in data.get("statistics", {}).items()}  # 0.1 had none
+    return {
+        "sizes": sizes,
+        "statistics": statistics,
+        "rules": [(Path(source).name, counts) for source, counts in data["rules"].items()],
+    }
