@@ -13,15 +13,20 @@ from selfevo.files import read_json
 
 
 def comparison_table(scores: Mapping[str, Mapping[str, float]]) -> str:
-    """Markdown in the form of Tables 2 and 6: a row per model, its values and the change against the row before."""
+    """Markdown in the form of Tables 2 and 6: a row per model, its values and their relative change against the row
+    before, in %."""
     columns = list(next(iter(scores.values())))
     rows: dict[str, list[str]] = {}
     before: Mapping[str, float] | None = None
     for name, values in scores.items():
-        changes = ["" if before is None else f" ({values[c] - before[c]:+.2f})" for c in columns]
+        changes = [_relative(before[c], values[c]) if before else "" for c in columns]
         rows[name] = [f"{values[c]:.2f}{change}" for c, change in zip(columns, changes)]
         before = values
     return markdown_table(["model", *columns], rows)
+
+
+def _relative(before: float, after: float) -> str:
+    return f" ({100 * (after / before - 1):+.2f} %)" if before else ""
 
 
 def interval_table(folder: Path, names: Sequence[str], *, convention: str = "paper") -> str:

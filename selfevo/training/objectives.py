@@ -68,6 +68,7 @@ class DPOObjective:
     groups: Sequence[str]
     beta: float = PreferenceSettings.beta
     gamma: float = PreferenceSettings.gamma
+    sft_term: str = PreferenceSettings.sft_term  # "mean" over a reply's tokens, or their "sum"
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -83,8 +84,10 @@ class DPOObjective:
         reference = self.reference[list(indices)].to(sums.device)
         chosen, rejected = sums[:count], sums[count:]
         result = dpo_sft_loss(
-            chosen, rejected, reference[:, 0], reference[:, 1], lengths[:count], beta=self.beta, gamma=self.gamma
-        )
+            chosen, rejected, reference[:, 0], reference[:, 1],
+            lengths[:count] if self.sft_term == "mean" else None,
+            beta=self.beta, gamma=self.gamma,
+        )  # fmt: skip
         per_token = sums.detach() / lengths
         statistics = {
             "loss": result.loss.item() * count,

@@ -9,6 +9,8 @@ from typing import Annotated
 from selfevo.scoring import MAX_TOKENS
 
 SHUFFLES = ("dialogues", "pairs")
+SCHEDULES = ("constant", "linear", "cosine")
+SFT_TERMS = ("mean", "sum")
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,19 @@ class PreferenceSettings:
 
     beta: Annotated[float, "DPO beta"] = 0.1
     gamma: Annotated[float, "weight of the SFT term beside DPO; 0 is plain DPO"] = 1.0
+    # A sum weighs replies by their lengths, and outweighs the DPO term, which begins at ln 2, some hundred times. The
+    # mean is what LLaMA-Factory computes, which the paper trained with.
+    sft_term: Annotated[str, "SFT term beside DPO: mean over a reply's tokens, or their sum (Eq. 7)", SFT_TERMS] = (
+        "mean"
+    )
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise ValueError(f"beta must be positive, not {self.beta}")
         if not self.gamma >= 0:
             raise ValueError(f"gamma must not be negative: {self.gamma}")
+        if self.sft_term not in SFT_TERMS:
+            raise ValueError(f"sft_term should be one of {', '.join(SFT_TERMS)}, not {self.sft_term!r}")
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,7 @@ class TrainSettings:
     batch_size: Annotated[int, "items of a batch"] = 4
     accumulation: Annotated[int, "batches of an optimiser step"] = 2
     warmup: Annotated[float, "share of the steps over which the learning rate rises"] = 0.01
+    schedule: Annotated[str, "learning rate after the warm-up: constant, or falling to 0", SCHEDULES] = "constant"
     weight_decay: Annotated[float, "AdamW weight decay"] = 0.0
     max_grad_norm: Annotated[float, "gradient clipping"] = 1.0
     evaluations_per_epoch: Annotated[int, "evaluations on held-out items for early stopping"] = 4
@@ -77,5 +87,6 @@ class TrainSettings:
                 "learning_rate and max_grad_norm must be positive, weight_decay not negative, warmup within [0, 1]: "
                 f"{self.learning_rate}, {self.max_grad_norm}, {self.weight_decay}, {self.warmup}"
             )
-        if self.shuffle not in SHUFFLES:
-            raise ValueError(f"shuffle should be one of {', '.join(SHUFFLES)}, not {self.shuffle!r}")
+        for name, known in (("shuffle", SHUFFLES), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} should be one of {', '.join(known)}, not {getattr(self, name)!r}")

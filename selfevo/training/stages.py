@@ -90,7 +90,7 @@ def train_dpo(
         own, groups = [ids[i] for i in members], [kept[i].dialogue for i in members]
         if preference is None:
             return SFTObjective([(pair.prompt, pair.chosen) for pair in own], groups)
-        return DPOObjective(own, reference[members], groups, preference.beta, preference.gamma)
+        return DPOObjective(own, reference[members], groups, **vars(preference))
 
     train(
         model, objective(trained), folder, stage.training,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ def train_step(
 ) -> dict[str, Any]:
     """One optimiser step over one batch, packed to the token budget; returns the statistics, averaged over items."""
     started = time.perf_counter()
-    rate = settings.learning_rate * min(1.0, (step + 1) / max(1.0, settings.warmup * total))
+    rate = learning_rate(step, total, settings)
     for group in optimiser.param_groups:
         group["lr"] = rate
     model.train()
@@ -49,6 +50,19 @@ def train_step(
     record |= {name: value / len(batch) for name, value in sums.items()}
     record |= {"gradient_norm": float(norm), "seconds": round(time.perf_counter() - started, 4)}
     return record
+
+
+def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
+    """The rate of a step, counted from 0, of ``total``: a linear warm-up, then the schedule.
+
+    "linear" and "cosine" fall over the steps after the warm-up as in transformers; their last step is the one before 0.
+    """
+    warmup = settings.warmup * total
+    if step + 1 <= warmup or settings.schedule == "constant":
+        return settings.learning_rate * min(1.0, (step + 1) / max(1.0, warmup))
+    passed = (step - int(warmup)) / max(1, total - int(warmup))  # 0 to 1
+    share = 1 - passed if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * passed))
+    return settings.learning_rate * share
 
 
 def batch_indices(groups: Sequence[str], step: int, steps_per_epoch: int, settings: TrainSettings) -> list[int]:

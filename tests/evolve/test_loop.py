@@ -99,8 +99,8 @@ def test_the_table_has_a_row_per_model_and_the_change_per_iteration(finished: Pa
     table = (finished / "eval" / "table.md").read_text()
     scores = json.loads((finished / "eval" / "scores.json").read_text())
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["M0", "M1", "M2"] == list(scores)
-    change = scores["M2"]["BLEU-2"] - scores["M1"]["BLEU-2"]
-    assert f"{scores['M2']['BLEU-2']:.2f} ({change:+.2f})" in table.splitlines()[-1]
+    change = 100 * (scores["M2"]["BLEU-2"] / scores["M1"]["BLEU-2"] - 1)
+    assert f"{scores['M2']['BLEU-2']:.2f} ({change:+.2f} %)" in table.splitlines()[-1]
 
 
 def iterate(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import dialogue_examples, one_at_a_time
 from torch import Tensor
+from transformers import get_scheduler
 
 from selfevo import scoring
 from selfevo.lora import disable_adapters, freeze_adapter, inject_lora, load_adapter, lora_parameters
@@ -25,7 +26,7 @@ from selfevo.scoring import packed_logps, response_logps
 from selfevo.training import DPOObjective, PairIds, SFTObjective, TrainSettings, both_sides, reference_logps, train
 from selfevo.training import loop as train_room
 from selfevo.training.reference import fingerprint
-from selfevo.training.step import batch_indices
+from selfevo.training.step import batch_indices, learning_rate
 from selfevo.trie.trie import Ids
 
 FAST = TrainSettings(learning_rate=0.01, epochs=2, batch_size=2, accumulation=2, checkpoint_every=2)
@@ -312,6 +313,34 @@ def test_the_first_step_has_loss_log_2_and_moves_the_adapter_only(
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in base.items())
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize(("warmup", "total"), [(0.0, 5), (0.2, 10), (0.5, 4), (1.0, 3)])
+def test_schedules_fall_as_in_transformers_after_the_warm_up(name: str, warmup: float, total: int) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.SGD([weight], lr=2.0)
+    theirs = get_scheduler(name, optimiser, num_warmup_steps=int(warmup * total), num_training_steps=total)
+    settings = TrainSettings(learning_rate=2.0, warmup=warmup, schedule=name)
+    for step in range(total):
+        found = learning_rate(step, total, settings)
+        if step < warmup * total:  # theirs begins with a rate of 0
+            assert found == pytest.approx(2.0 * (step + 1) / max(1, warmup * total))
+        else:
+            assert found == pytest.approx(theirs.get_last_lr()[0])
+        optimiser.step()
+        theirs.step()
+
+
+def test_the_sft_term_is_a_mean_or_a_sum_over_tokens() -> None:
+    model = adapted(moved=0.3)
+    mean, total = (replace(dpo(model), sft_term=term) for term in ("mean", "sum"))
+    pairs = pair_ids()
+    sums, lengths = response_logps(model, [(pair.prompt, pair.chosen) for pair in pairs])
+    for objective, expected in ((mean, -(sums / lengths).mean()), (total, -sums.mean())):
+        loss, statistics = objective.loss(model, range(len(pairs)))
+        assert statistics["sft"] / len(pairs) == pytest.approx(expected.item(), rel=1e-4)
+        assert loss.item() == pytest.approx(statistics["dpo"] + statistics["sft"], rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("warmup", "expected"),
     [
@@ -407,6 +436,7 @@ def test_nothing_to_train_on_is_refused(tmp_path: Path) -> None:
     [
         {"epochs": 0}, {"batch_size": 0}, {"accumulation": 0}, {"evaluations_per_epoch": 0}, {"patience": 0},
         {"checkpoint_every": 0}, {"shuffle": "x"}, {"warmup": 2.0}, {"warmup": -0.1}, {"warmup": math.nan},
+        {"schedule": "x"},
         {"learning_rate": 0.0}, {"learning_rate": math.nan}, {"learning_rate": math.inf}, {"weight_decay": -1.0},
         {"weight_decay": math.nan}, {"max_grad_norm": 0.0}, {"max_grad_norm": math.nan},
     ],
