@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from selfevo.dialogue import Example, Turn, to_messages
-from selfevo.files import FileError, read_jsonl, write_jsonl
+from selfevo.files import FileError, read_json, read_jsonl, write_jsonl
 
 _STAGE = re.compile(r"M(0|[1-9]\d*)")
 
@@ -23,6 +23,26 @@ def stage_names(run: Path) -> list[str]:
         raise ValueError(f"{run}: is no run folder (it has no config.json); give one that examples/iterate.py wrote")
     found = [path.name for path in run.iterdir() if path.is_dir() and is_stage(path.name)]
     return sorted(found, key=lambda name: int(name[1:]))
+
+
+def failed_reflections(run: Path) -> list[str]:
+    """A sentence for each stage of a run more than half of whose reflections could not be used.
+
+    The golden reply is then the chosen one of most pairs, and what is learnt is to prefer it to sampled replies.
+    """
+    sentences = []
+    for stage in stage_names(run):
+        path = run / stage / "filter.json"
+        counts = read_json(path) if path.is_file() else {}
+        unusable = counts.get("golden_for_missing_reflection", 0)
+        dropped = counts.get("reply_prompt_too_long_dropped", 0) + counts.get("empty_reply_dropped", 0)
+        total = counts.get("examples", 0) - dropped
+        if 2 * unusable > total:
+            sentences.append(
+                f"{stage}: {unusable} of {total} reflections were unusable: most of its pairs compare golden with "
+                "sampled replies, not refined ones."
+            )
+    return sentences
 
 
 def read_replies(path: Path) -> list[str | None]:

@@ -10,6 +10,7 @@ from typing import Annotated
 from selfevo.datasets.corpus import Corpus, DataSettings, load_corpus
 from selfevo.datasets.prompts import SELF_REFLECTION
 from selfevo.dialogue import Dialogue, Instruction
+from selfevo.evaluation.folder import failed_reflections
 from selfevo.evaluation.tables import comparison_table
 from selfevo.evolve.controls import CONTROLS, controlled
 from selfevo.evolve.evaluate import evaluate_model
@@ -88,7 +89,8 @@ def evolve(config: EvolveConfig, *, resume: bool = False) -> Path:
         else:
             _improve(context, name, iteration)
         scores[name] = _evaluate(context, name)
-    write_text(run / "eval" / "table.md", comparison_table(scores) + "\n")
+    notices = "".join(f"\n{sentence}\n" for sentence in failed_reflections(run))
+    write_text(run / "eval" / "table.md", comparison_table(scores) + "\n" + notices)
     write_json(run / "eval" / "scores.json", scores)
     return run
 

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from selfevo.datasets import read_pairs
 from selfevo.datasets.encoding import fit_prompt
+from selfevo.evaluation.report import write_report
 from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, RefineSettings, RunError, TrainSettings, evolve
 from selfevo.evolve.settings import flatten, leaves
 from selfevo.files import FileError
@@ -98,9 +99,22 @@ def test_pairs_load_in_trls_own_reader(finished: Path) -> None:
 def test_the_table_has_a_row_per_model_and_the_change_per_iteration(finished: Path) -> None:
     table = (finished / "eval" / "table.md").read_text()
     scores = json.loads((finished / "eval" / "scores.json").read_text())
-    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["M0", "M1", "M2"] == list(scores)
-    change = 100 * (scores["M2"]["BLEU-2"] / scores["M1"]["BLEU-2"] - 1)
-    assert f"{scores['M2']['BLEU-2']:.2f} ({change:+.2f} %)" in table.splitlines()[-1]
+    _, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    assert [row.split("|")[1].strip() for row in rows] == ["M0", "M1", "M2"] == list(scores)
+    for column, value in scores["M2"].items():
+        before = scores["M1"][column]
+        change = f" ({100 * (value / before - 1):+.2f} %)" if before else ""
+        assert f"| {value:.2f}{change} |" in rows[-1]
+
+
+def test_table_and_report_say_that_the_reflections_of_a_random_model_failed(finished: Path) -> None:
+    table = (finished / "eval" / "table.md").read_text()
+    for stage in ("M1", "M2"):
+        counts = json.loads((finished / stage / "filter.json").read_text())
+        unusable = counts["golden_for_missing_reflection"]
+        assert f"\n{stage}: {unusable} of {unusable} reflections were unusable: most of its pairs" in table
+    page = write_report(finished).read_text(encoding="utf-8")
+    assert page.count("reflections were unusable") == 2
 
 
 def iterate(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:

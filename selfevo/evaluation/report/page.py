@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfevo.evaluation.folder import read_replies, stage_names
+from selfevo.evaluation.folder import failed_reflections, read_replies, stage_names
 from selfevo.evaluation.report.analysis import Embed, analyse_pairs, frequent_phrases, phrase_shares
 from selfevo.evaluation.report.figures import pair_figures, phrases_figure, training_figures
 from selfevo.evaluation.report.samples import sample_answers, sample_pairs
@@ -58,6 +58,7 @@ def write_report(run: Path, *, embed: Embed | None = None) -> Path:
         title=f"Run {run.resolve().name}",
         backbone="/".join(Path(settings["backbone"]).parts[-2:]),
         settings=settings,
+        failed=failed_reflections(run),
         stages=stages,
         missing=[name for name in models if not (run / "eval" / f"{name}.json").is_file()],
         sections={heading: content for heading, content in sections.items() if content},
