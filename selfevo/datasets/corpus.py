@@ -1,4 +1,4 @@
-"""The dialogues of a run: what is trained on, held out, used as seeds and tested on, and how turns become examples."""
+"""The dialogues of a run: which are trained on, held out, used as seeds and tested on."""
 
 from __future__ import annotations
 
@@ -9,27 +9,20 @@ from typing import Annotated
 
 from selfevo.datasets.readers import load_alpaca, load_dialogues
 from selfevo.datasets.seeds import derive_seed
-from selfevo.dialogue import (
-    Dialogue,
-    Example,
-    Instruction,
-    clean_dialogue,
-    reply_examples,
-    split_dialogues,
-)
+from selfevo.dialogue import Dialogue, Example, Instruction, clean_dialogue, reply_examples, split_dialogues
 
-Counts = dict[str, dict[str, int]]  # per file, what cleaning changed
+Counts = dict[str, dict[str, int]]  # what each rule changed, for each file
 
 
 class CorpusError(ValueError):
-    """Files that leave a stage without data; the message says which."""
+    """Files that leave a stage without data; the message names them."""
 
 
 @dataclass(frozen=True)
 class HumanData:
-    """Human dialogues to learn from and to test on."""
+    """Human dialogues to train on and to test on."""
 
-    esconv: Annotated[str, "human dialogues to learn from (ESConv.json); split 9:1 by dialogue"]
+    esconv: Annotated[str, "human dialogues to train on (ESConv.json); split 9:1 by dialogue"]
     test: Annotated[str, "test dialogues; without any, the tenth of ESConv that is held out"] = ""
     limit: Annotated[int, "at most this many records of every file, for a quick try; 0 takes all"] = 0
 
@@ -45,7 +38,7 @@ class HumanData:
 
 @dataclass(frozen=True)
 class DataSettings(HumanData):
-    """All dialogues of the loop: human ones, seeds of phase 2, and instructions to replay."""
+    """All data of the loop: human dialogues, seed dialogues for phase 2, and instructions to replay."""
 
     synthetic: Annotated[
         tuple[str, ...], "seed dialogues for phase 2 (ExTES, ServeForEmo, ...); without any, ESConv"
@@ -65,7 +58,7 @@ class DataSettings(HumanData):
 
 @dataclass(frozen=True)
 class SeedPart:
-    """The seed turns of one iteration; pairs of the ``held_out`` dialogues (by id) serve early stopping."""
+    """The seed turns of one iteration; pairs of the ``held_out`` dialogues (ids) are for early stopping."""
 
     examples: list[Example]
     held_out: frozenset[str]
@@ -81,7 +74,7 @@ class Corpus:
     counts: Counts
 
     def report(self) -> dict[str, object]:
-        """Sizes and rule counts, for the run folder."""
+        """Sizes and rule counts, as ``data.json`` of the run folder has them."""
         sizes = {
             "train_dialogues": len(self.train),
             "held_out_dialogues": len(self.held_out),
@@ -93,36 +86,40 @@ class Corpus:
 
 
 def load_corpus(data: DataSettings, *, iterations: int, seed: int) -> Corpus:
-    """Reads and cleans all files and splits them by dialogue, as the seed says.
+    """Reads and cleans all files and splits them by dialogue; the splits depend on ``seed``.
 
-    ESConv is split 9:1. The tenth is the test set, or, where ``data.test`` names a file, what SFT is held out against;
-    without such a file a tenth of the training dialogues serves for that. Seeds, from ``data.synthetic`` or else from
-    the training dialogues, are split into one part per iteration.
+    ESConv is split 9:1. The tenth is the test set or, if ``data.test`` names a file, the held-out set of SFT; without
+    such a file a tenth of the training dialogues is held out. Seeds, from ``data.synthetic`` or else from the training
+    dialogues, are split into one part per iteration. Raises ``CorpusError`` if nothing is left to train on, to test on
+    or as the seeds of an iteration.
     """
     counts: Counts = {}
     train, held_out, tested = split_human(data, seed, counts)
+    if not train:
+        raise CorpusError(f"{data.esconv}: no dialogue is left to train on")
     sources = [dialogue for path in data.synthetic for dialogue in _dialogues(path, data.limit, counts)] or train
+    test_file = data.test or data.esconv
+    test = _examples(tested, _counter(counts, test_file, "targets"))
+    replay = _replay(data, seed, counts)
+    seeds = []
     parts = split_dialogues(sources, (1 / iterations,) * iterations, seed=derive_seed(seed, "split", "seeds"))
-    test_counts = _counter(counts, data.test or data.esconv, "targets")
-    corpus = Corpus(
-        train=train,
-        held_out=held_out,
-        replay=_replay(data, seed, counts),
-        seeds=[
-            _seed_part(
-                part, derive_seed(seed, "split", "seeds", i, "held-out"), _counter(counts, "seeds", f"targets_{i}")
+    for number, part in enumerate(parts, 1):
+        examples = _examples(part, _counter(counts, "seeds", f"targets_{number}"))
+        if not examples:
+            source = ", ".join(data.synthetic) or data.esconv
+            raise CorpusError(
+                f"{source}: no supporter turn is left as a seed of iteration {number} (too few dialogues?)"
             )
-            for i, part in enumerate(parts, 1)
-        ],
-        test=[example for dialogue in tested for example in reply_examples(dialogue, test_counts)],
-        counts={name: dict(rules) for name, rules in counts.items()},
-    )
-    _check(corpus, data)
-    return corpus
+        split_seed = derive_seed(seed, "split", "seeds", number, "held-out")
+        _, tenth = split_dialogues(part, (0.9, 0.1), seed=split_seed)
+        seeds.append(SeedPart(examples, frozenset(dialogue.id for dialogue in tenth)))
+    if not test:
+        raise CorpusError(f"{test_file}: no supporter turn is left to test on (too few or too short dialogues)")
+    return Corpus(train, held_out, replay, seeds, test, counts)
 
 
 def split_human(data: HumanData, seed: int, counts: Counts) -> tuple[list[Dialogue], list[Dialogue], list[Dialogue]]:
-    """Cleaned dialogues to train on, to hold out and to test on, dealt out as ``load_corpus`` says."""
+    """Cleaned dialogues to train on, to hold out and to test on, split as ``load_corpus`` says."""
     human = _dialogues(data.esconv, data.limit, counts)
     train, held_out = split_dialogues(human, (0.9, 0.1), seed=derive_seed(seed, "split", "test"))
     if data.test:
@@ -132,10 +129,12 @@ def split_human(data: HumanData, seed: int, counts: Counts) -> tuple[list[Dialog
 
 
 def load_test(path: str, limit: int = 0) -> list[Example]:
-    """The test turns of a file, cleaned as those of a run are; ``limit`` bounds the dialogues (0: all)."""
-    counts: Counts = {}
-    rules = _counter(counts, path, "targets")
-    return [example for dialogue in _dialogues(path, limit, counts) for example in reply_examples(dialogue, rules)]
+    """The test turns of a file, cleaned as in a run; at most ``limit`` dialogues are read (0: all)."""
+    return _examples(_dialogues(path, limit, {}), Counter())
+
+
+def _examples(dialogues: list[Dialogue], counts: Counter[str]) -> list[Example]:
+    return [example for dialogue in dialogues for example in reply_examples(dialogue, counts)]
 
 
 def _counter(counts: Counts, path: str, what: str) -> Counter[str]:
@@ -159,23 +158,3 @@ def _replay(data: DataSettings, seed: int, counts: Counts) -> list[Instruction]:
     instructions = load_alpaca(data.replay, _counter(counts, data.replay, "instructions"))
     wanted = min(len(instructions), data.replay_count, data.limit or data.replay_count)
     return random.Random(derive_seed(seed, "replay")).sample(instructions, wanted)
-
-
-def _seed_part(dialogues: list[Dialogue], seed: int, counts: Counter[str]) -> SeedPart:
-    _, held_out = split_dialogues(dialogues, (0.9, 0.1), seed=seed)
-    examples = [example for dialogue in dialogues for example in reply_examples(dialogue, counts)]
-    return SeedPart(examples, frozenset(dialogue.id for dialogue in held_out))
-
-
-def _check(corpus: Corpus, data: DataSettings) -> None:
-    if not corpus.train:
-        raise CorpusError(f"{data.esconv}: no dialogue is left to train on")
-    for number, part in enumerate(corpus.seeds, 1):
-        if not part.examples:
-            source = ", ".join(data.synthetic) or data.esconv
-            raise CorpusError(
-                f"{source}: no supporter turn is left as a seed of iteration {number} (too few dialogues?)"
-            )
-    if not corpus.test:
-        path = data.test or data.esconv
-        raise CorpusError(f"{path}: no supporter turn is left to test on (too few or too short dialogues)")

@@ -1,8 +1,4 @@
-"""The prompts, in our own words, after the structure of Appendix E: reply, and reflect-and-refine.
-
-The reflection continues the very conversation that the reply was sampled from, so the two share their whole prefix:
-the model reads its own reply as its last turn and is then asked to think about the user, to judge and to rewrite.
-"""
+"""The prompt for a reply, in our own words after the structure of the paper's Appendix E."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from selfevo.dialogue import Messages
 
 ReplyStyle = Literal["plain", "strategies"]
 REPLY_STYLES: tuple[str, ...] = get_args(ReplyStyle)
-STRATEGIES: dict[str, str] = {
+STRATEGIES: dict[str, str] = {  # what the prompt says about each
     "Question": "ask openly, to understand better",
     "Restatement or Paraphrasing": "say back briefly what you heard",
     "Reflection of feelings": "name the feeling you notice",
