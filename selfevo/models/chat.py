@@ -20,17 +20,9 @@ class Codec(Protocol):
 class ChatFormat(Protocol):
     """Turns messages, checked by ``check_messages``, into ids of a codec whose vocabulary has all the ``markers``."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """The special tokens that the format writes."""
-        ...
-
-    @property
-    def templates(self) -> frozenset[str]:
-        """SHA-256 of the published templates, white space at the ends removed, that this code reproduces."""
-        ...
+    name: str
+    markers: tuple[str, ...]  # the special tokens that the format writes
+    templates: frozenset[str]  # SHA-256 of the published templates (without outer white space) that it reproduces
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]: ...
     def reply(self, codec: Codec, text: str) -> list[int]:
@@ -60,12 +52,12 @@ def check_messages(messages: Messages, *, format_name: str) -> None:
             raise ChatError(f"message {index}: the {format_name} format takes a system message only at the beginning")
 
 
-class PlainChat:
+class PlainChat(ChatFormat):
     """For base models without a chat template: roles are plain words; the stop token ends each assistant turn."""
 
     name = "plain"
-    markers: tuple[str, ...] = ()
-    templates: frozenset[str] = frozenset()
+    markers = ()
+    templates = frozenset()
     labels: Mapping[str, str] = {"system": "", "user": "User: ", "assistant": "Assistant: "}
 
     def __init__(self, bos: int | None, eos: int) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +23,7 @@ from selfevo.models.tokenizer import FILES as TOKENIZER_FILES
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
 
-
-@dataclass(frozen=True)
-class Family:
-    """How one ``model_type`` is read and written."""
-
-    read_config: Callable[[ConfigReader], ModelConfig]
-    write_config: Callable[[ModelConfig], dict[str, Any]]
-
-
-FAMILIES = {
-    "llama": Family(llama.read_config, llama.write_config),
-    "mistral": Family(mistral.read_config, mistral.write_config),
-    "qwen2": Family(qwen2.read_config, qwen2.write_config),
-}
+FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2}  # by model_type
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DERIVED = re.compile(
@@ -102,7 +88,7 @@ def read_config(folder: Path) -> ModelConfig:
             raise ConfigError(f"{path}: {architecture} is not a causal language model")
     reader = ConfigReader(values, str(path))
     try:
-        config = FAMILIES[kind].read_config(reader)
+        config: ModelConfig = FAMILIES[kind].read_config(reader)
     except ConfigError:
         raise
     except ValueError as error:
@@ -184,7 +170,7 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
             save_file({name: state[name] for name in names}, partial, metadata={"format": "pt"})
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
-    values = FAMILIES[model.config.family].write_config(model.config)
+    values: dict[str, Any] = FAMILIES[model.config.family].write_config(model.config)
     values["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     if tokenizer is not None:
         values["eos_token_id"] = list(tokenizer.stop_ids)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from selfevo.dialogue import Messages
-from selfevo.models.chat import Codec
+from selfevo.models.chat import ChatFormat, Codec
 from selfevo.models.hf_config import ConfigReader, read_common, write_common
 from selfevo.models.model_config import ModelConfig
 
@@ -33,7 +33,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-class Llama3Chat:
+class Llama3Chat(ChatFormat):
     """``<|start_header_id|>role<|end_header_id|>``, two newlines, the stripped content, ``<|eot_id|>``; one BOS."""
 
     name = "llama3"

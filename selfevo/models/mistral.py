@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from selfevo.dialogue import Messages
-from selfevo.models.chat import ChatError, Codec
+from selfevo.models.chat import ChatError, ChatFormat, Codec
 from selfevo.models.hf_config import ConfigReader, read_common, write_common
 from selfevo.models.model_config import ModelConfig
 
@@ -25,7 +25,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-class MistralChat:
+class MistralChat(ChatFormat):
     """``<s>[INST] user[/INST] assistant</s>``; the system text and two newlines come before the last user message.
 
     So the system text moves as a dialogue grows. It is also written if the conversation ends with an assistant turn,

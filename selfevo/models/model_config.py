@@ -30,7 +30,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     max_positions: int
-    windows: tuple[int | None, ...]  # one per layer: keys a token may see, itself included; None is no limit
+    windows: tuple[int | None, ...]  # per layer: how many keys a token sees, including its own; None: no limit
     rope_scaling: Llama3RopeScaling | None = None
     qkv_bias: bool = False
     output_bias: bool = False  # bias of o_proj

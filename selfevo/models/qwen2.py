@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from selfevo.dialogue import Messages
-from selfevo.models.chat import Codec
+from selfevo.models.chat import ChatFormat, Codec
 from selfevo.models.hf_config import ConfigReader, read_common, write_common
 from selfevo.models.model_config import ModelConfig
 
@@ -40,7 +40,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-class Qwen2Chat:
+class Qwen2Chat(ChatFormat):
     """``<|im_start|>role``, a newline, the untouched content, ``<|im_end|>`` and a newline; no BOS."""
 
     name = "qwen2"

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tokenizers
 
@@ -29,16 +29,8 @@ class TokenizerError(ValueError):
     """A tokenizer folder that cannot be used; the message names the file and what to do."""
 
 
-class Backend(Protocol):
-    special: dict[str, int]  # the special tokens and their ids
-    size: int
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-
-
 class JsonBackend:
-    """``tokenizer.json``, read by the ``tokenizers`` library."""
+    """``tokenizer.json``, read by the ``tokenizers`` library. ``special`` has the ids of the special tokens."""
 
     def __init__(self, path: Path, markers: set[str]) -> None:
         try:
@@ -91,6 +83,9 @@ class SentencePieceBackend:
         return str(self._model.Decode(ids))
 
 
+Backend = JsonBackend | SentencePieceBackend
+
+
 class ChatTokenizer:
     """A tokenizer with a chat format. ``stop_ids`` are all ids that end a turn; the format itself writes the first."""
 
@@ -98,12 +93,8 @@ class ChatTokenizer:
         self._backend, self._format, self.folder = backend, chat_format, folder
         self._special = frozenset(backend.special.values())
         self._guarded = frozenset(i for token, i in backend.special.items() if token != "<unk>")
-        self.vocab_size = backend.size
+        self.format_name, self.vocab_size = chat_format.name, backend.size
         self.stop_ids: tuple[int, ...] = chat_format.stop_ids(self)
-
-    @property
-    def format_name(self) -> str:
-        return self._format.name
 
     def special_id(self, token: str) -> int:
         return self._backend.special[token]
