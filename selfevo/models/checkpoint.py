@@ -26,10 +26,8 @@ from selfevo.models.transformer import Transformer
 FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2}  # by model_type
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DERIVED = re.compile(
-    r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-)  # in older files; follows from config.json
-_SHARD_SIZE = "5GB"
+# Older files store these; they follow from config.json.
+_DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 
 def load_model(
@@ -164,7 +162,7 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
             raise CheckpointError(f"{name} belongs to an adapter: merge it into the weights first, or save it apart")
     if model.config.tied:
         del state[HEAD]
-    split = split_torch_state_dict_into_shards(state, max_shard_size=_SHARD_SIZE)
+    split = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
     for file, names in split.filename_to_tensors.items():
         with replace_file(folder / file) as partial:
             save_file({name: state[name] for name in names}, partial, metadata={"format": "pt"})

@@ -46,7 +46,7 @@ class JsonBackend:
         self._tokenizer.no_padding()
         self.special = {token["content"]: int(token["id"]) for token in added if token["special"]}
         self.size = self._tokenizer.get_vocab_size()
-        # sentencepiece puts a space before every text; Metaspace does not where the text begins with a space
+        # sentencepiece puts a space before every text; Metaspace does so unless the text begins with a space already
         metaspace = settings.get("pre_tokenizer") or {}
         self._dummy_space = metaspace.get("type") == "Metaspace" and metaspace.get("prepend_scheme") != "never"
 
@@ -128,7 +128,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, chat_form
 
     The chat format is the one whose published template is in the folder; without a template, the one whose control
     tokens are in the vocabulary, or else the plain format for base models. Another template is refused, unless
-    ``chat_format`` (llama3, qwen2, mistral or plain) says which format to use.
+    ``chat_format`` (llama3, qwen2, mistral or plain) says which format to use. Raises :class:`TokenizerError`.
     """
     folder = locate(source, patterns=FILES, revision=revision)
     config = folder / "tokenizer_config.json"
