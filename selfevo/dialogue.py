@@ -1,53 +1,29 @@
 """Dialogues between a seeker and a supporter: the records, the cleaning rules of Appendix A, and the split.
 
-A dialogue passes through here in order: ``clean_dialogue`` makes it alternate, seeker first; ``split_dialogues`` deals
-whole dialogues out; ``reply_examples`` makes each supporter turn worth answering an example with all that came before
-it. Nothing is changed silently: every rule adds to a ``Counter`` under a fixed key, named in its docstring.
+In this order: ``clean_dialogue`` makes the speakers alternate, the seeker first; ``split_dialogues`` splits a list of
+dialogues at random; ``reply_examples`` turns supporter turns into examples, each with all turns before it. Every rule
+counts what it changes in a ``Counter``, under the keys that its docstring names.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Literal, TypeVar
 
-__all__ = [
-    "ESCONV_STRATEGIES",
-    "OLDER_STRATEGY_NAMES",
-    "Dialogue",
-    "Example",
-    "Instruction",
-    "Message",
-    "Messages",
-    "Speaker",
-    "Turn",
-    "clean_dialogue",
-    "reply_examples",
-    "split_dialogues",
-    "strategy_name",
-    "to_messages",
-]
 Speaker = Literal["seeker", "supporter"]
-# {"role": "system" | "user" | "assistant", "content": text}. A TypedDict would not pass as a Mapping[str, str], which
-# is all that templates and prompts ask for.
-Message = dict[str, str]
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Messages = Sequence[Mapping[str, str]]  # a conversation that is only read
 T = TypeVar("T")
 ESCONV_STRATEGIES: tuple[str, ...] = (
-    "Question",
-    "Restatement or Paraphrasing",
-    "Reflection of feelings",
-    "Self-disclosure",
-    "Affirmation and Reassurance",
-    "Providing Suggestions",
-    "Information",
-    "Others",
-)
-# Names of the same eight in earlier copies of ESConv and among the dialogues that its makers rejected.
+    "Question", "Restatement or Paraphrasing", "Reflection of feelings", "Self-disclosure",
+    "Affirmation and Reassurance", "Providing Suggestions", "Information", "Others",
+)  # fmt: skip
+# Names of the same eight in earlier copies of ESConv and in FailedESConv, the dialogues that its authors rejected.
 OLDER_STRATEGY_NAMES: dict[str, str] = {
     "Questions": "Question",
     "Other": "Others",
@@ -55,15 +31,14 @@ OLDER_STRATEGY_NAMES: dict[str, str] = {
     "Approval and Reassurance": "Affirmation and Reassurance",
     "Restatement": "Restatement or Paraphrasing",
 }
-_BY_FOLDED_NAME = {name.casefold(): name for name in ESCONV_STRATEGIES} | {
+STRATEGY_BY_FOLDED_NAME: dict[str, str] = {name.casefold(): name for name in ESCONV_STRATEGIES} | {
     older.casefold(): name for older, name in OLDER_STRATEGY_NAMES.items()
 }
-_ROLES: dict[Speaker, str] = {"seeker": "user", "supporter": "assistant"}
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said, with the strategies it was labelled with (usually one for a supporter, none for a seeker)."""
+    """What one speaker said, with its strategy labels: usually one for a supporter, none for a seeker."""
 
     speaker: Speaker
     text: str
@@ -72,7 +47,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """The turns of one conversation and what its file says about it; "" where the file says nothing."""
+    """The turns of one conversation, and its fields in the file; a field that the file does not have is ""."""
 
     id: str
     turns: tuple[Turn, ...]
@@ -98,18 +73,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A conversation to be replayed in training, e.g. of Alpaca; the last message is the assistant's."""
+    """A conversation that is replayed in training, e.g. from Alpaca; the last message is the assistant's."""
 
     id: str
     messages: tuple[Message, ...]
 
 
-def strategy_name(name: str, counts: Counter[str]) -> str:
-    """The name among ``ESCONV_STRATEGIES`` that an older spelling or another case stands for; else ``name`` as it is.
+def strategy_name(name: str, counts: Counter[str], by_folded_name: Mapping[str, str] = STRATEGY_BY_FOLDED_NAME) -> str:
+    """The standard name of a strategy, whatever its case and the white space around it; an unknown name is kept.
 
-    Counts ``strategies_renamed`` and ``strategies_unknown``.
+    ``by_folded_name`` gives the standard names by ``casefold()``; the default knows ESConv's eight and their older
+    names. Counts ``strategies_renamed`` and ``strategies_unknown``.
     """
-    known = _BY_FOLDED_NAME.get(name.strip().casefold())
+    known = by_folded_name.get(name.strip().casefold())
     if known is None:
         counts["strategies_unknown"] += 1
         return name
@@ -121,11 +97,12 @@ def strategy_name(name: str, counts: Counter[str]) -> str:
 def clean_dialogue(dialogue: Dialogue, counts: Counter[str]) -> Dialogue:
     """The dialogue as the paper trains on it (Appendix A): alternating, the seeker first, no blank turns.
 
-    In this order, each with its key in ``counts`` (turns changed): white space at the ends of a text is removed
-    (``whitespace_stripped``); blank turns are dropped (``blank_turns_dropped``: published files put them between two
-    messages of one supporter); so are supporter turns before the first seeker turn (``leading_supporter_dropped``); a
-    turn of the same speaker as the one before joins it after a newline, strategies in order and each once
-    (``turns_merged``). A dialogue may end up without turns (``empty_dialogues``). Cleaning twice changes nothing more.
+    The rules in their order, each with its key in ``counts`` (the number of turns it changed): white space at the ends
+    of a text is removed (``whitespace_stripped``); blank turns are dropped (``blank_turns_dropped``: published files
+    have them between two messages of a supporter); supporter turns before the first seeker turn are dropped
+    (``leading_supporter_dropped``); consecutive turns of one speaker are joined by a newline, and so are their
+    strategies, without repetitions (``turns_merged``). A dialogue may end up without turns (``empty_dialogues``).
+    Cleaning a second time changes nothing.
     """
     turns: list[Turn] = []
     for turn in dialogue.turns:
@@ -151,16 +128,17 @@ def clean_dialogue(dialogue: Dialogue, counts: Counter[str]) -> Dialogue:
 def reply_examples(
     dialogue: Dialogue, counts: Counter[str], *, skip_first: int = 1, skip_last: int = 2
 ) -> list[Example]:
-    """The supporter turns of a cleaned dialogue as examples, but for the first (greeting) and the last two (farewell).
+    """The supporter turns of a cleaned dialogue as examples, except the first (greeting) and the last two (farewell).
 
-    "Drop the first turn and the last two" (Appendix A) is about targets: what is skipped remains in the contexts of the
-    others. ``skip_first`` and ``skip_last`` count supporter turns. Counts ``examples``, ``first_turns_skipped`` and
-    ``last_turns_skipped``. Raises ``ValueError`` if the turns do not alternate, seeker first, or for a negative skip.
+    "Drop the first turn and the last two" (Appendix A) is about targets: skipped turns remain in the contexts of later
+    examples. ``skip_first`` and ``skip_last`` are numbers of supporter turns. Counts ``examples``,
+    ``first_turns_skipped`` and ``last_turns_skipped``. Raises ``ValueError`` if the turns do not alternate, seeker
+    first, or if a number is negative.
     """
     if skip_first < 0 or skip_last < 0:
         raise ValueError(f"skip_first and skip_last must not be negative, got {skip_first} and {skip_last}")
     if any(turn.speaker != ("seeker", "supporter")[index % 2] for index, turn in enumerate(dialogue.turns)):
-        raise ValueError(f"{dialogue.id}: the turns do not alternate, seeker first; use clean_dialogue before")
+        raise ValueError(f"{dialogue.id}: the turns do not alternate, seeker first; call clean_dialogue first")
     replies = range(1, len(dialogue.turns), 2)
     first = min(skip_first, len(replies))
     last = min(skip_last, len(replies) - first)
@@ -172,27 +150,28 @@ def reply_examples(
 
 
 def to_messages(turns: Iterable[Turn], system: str = "") -> list[Message]:
-    """Chat messages: the system text first if there is one, the seeker as user, the supporter as assistant."""
+    """Turns as chat messages, the system text first if there is one; seeker becomes user, supporter assistant."""
     messages = [{"role": "system", "content": system}] if system else []
-    return messages + [{"role": _ROLES[turn.speaker], "content": turn.text} for turn in turns]
+    roles = {"seeker": "user", "supporter": "assistant"}
+    return messages + [{"role": roles[turn.speaker], "content": turn.text} for turn in turns]
 
 
 def split_dialogues(items: Sequence[T], fractions: Sequence[float], *, seed: int) -> list[list[T]]:
-    """Deals whole items out at random into parts of the given fractions; each part keeps the order of ``items``.
+    """Splits items at random into parts of the given fractions; each part keeps the order of ``items``.
 
-    The parts share no item and together hold all of them. Sizes are rounded by the largest remainder (the earlier part
-    at a tie), so a small part of few items may be empty. Depends on ``seed`` and the number of items only. The paper:
-    (0.9, 0.1) for ESConv, (0.5, 0.5) for the seeds. Raises ``ValueError`` unless the fractions are positive, sum 1.
+    The parts share no item and together hold all of them. Sizes are rounded down; each item that is left goes to the
+    part with the next largest remainder, at a tie to the earlier one. A part may be empty if there are few items. The
+    split depends only on ``seed`` and the number of items. The paper: (0.9, 0.1) for ESConv, (0.5, 0.5) for the seeds.
+    Raises ``ValueError`` unless the fractions are positive and sum to 1.
     """
     if not all(fraction > 0 for fraction in fractions) or not math.isclose(sum(fractions), 1):
         raise ValueError(f"the fractions must be positive and sum to 1, got {tuple(fractions)}")
-    # Rounding keeps float noise out of floors and ties: 0.29 * 100 is 28.999999999999996.
-    shares = [round(fraction * len(items), 6) for fraction in fractions]
+    shares = [round(fraction * len(items), 6) for fraction in fractions]  # 0.29 * 100 is 28.999999999999996
     sizes = [math.floor(share) for share in shares]
-    by_remainder = sorted(range(len(sizes)), key=lambda part: round(sizes[part] - shares[part], 6))
+    by_remainder = sorted(range(len(shares)), key=lambda part: round(sizes[part] - shares[part], 6))
     for part in by_remainder[: len(items) - sum(sizes)]:
         sizes[part] += 1
     order = list(range(len(items)))
     random.Random(seed).shuffle(order)
-    ends = accumulate(sizes)
-    return [[items[i] for i in sorted(order[end - size : end])] for end, size in zip(ends, sizes)]
+    ends = itertools.accumulate(sizes)
+    return [[items[index] for index in sorted(order[end - size : end])] for size, end in zip(sizes, ends)]

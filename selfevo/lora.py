@@ -1,10 +1,10 @@
-"""Low-rank adapters on any ``nn.Module``: inject, switch off, stack, merge, and PEFT's files.
+"""Low-rank adapters (LoRA) on any ``nn.Module``: inject, disable, stack, merge, and files in PEFT's format.
 
-Notation: I and O input and output size of a linear layer, r rank of the trainable adapter, R summed rank of the frozen
-stack under it, s = alpha / r. A layer computes ``W x + b + frozen_B frozen_A x + s lora_B lora_A x``.
+Notation: I and O input and output size of a linear layer, r rank of the trainable adapter, R total rank of the frozen
+adapters, s = alpha / r. A layer computes ``W x + b + frozen_B frozen_A x + s lora_B lora_A x``.
 
-Iterated training keeps the adapters of earlier iterations as the frozen stack. Folding them into bfloat16 weights would
-round most of each away, and the reference model would no longer be the model that the iteration started from.
+The adapters of earlier iterations stay beside the weights, frozen. Folding them into bfloat16 weights would round most
+of each away, and the reference model would no longer be the model that the iteration started from.
 """
 
 from __future__ import annotations
@@ -27,75 +27,67 @@ from selfevo.kernels.lowrank import adapted_linear
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# Entries of PEFT's configuration that describe the file or are read below. Any other entry that is switched on changes
-# what the adapter computes, in a way this module does not, and is refused.
+# Entries of PEFT's configuration that only describe the file or are read below. Any other entry that is switched on
+# changes what the adapter computes and is refused.
 _UNDERSTOOD = {
     "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
     "layers_to_transform", "layers_pattern", "bias", "init_lora_weights", "inference_mode", "task_type", "auto_mapping",
     "base_model_name_or_path", "revision", "peft_version", "megatron_core", "qalora_group_size", "eva_config",
 }  # fmt: skip
-# Initialisations that leave the base weights alone; the others (PiSSA, OLoRA, LoftQ, ...) need a changed base.
-_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+# Initialisations other than these (PiSSA, OLoRA, LoftQ, ...) change the base weights.
+_ALLOWED = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}
+_HEAD = ("lm_head",)
 L = TypeVar("L", bound=nn.Linear)
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with adapters. It shares the parameters of the layer it replaces, which keep their names.
+    """A linear layer with adapters; the weight and bias are those of the layer it replaces, under the same names.
 
-    Adapters are float32 (float64 under a float64 base) and so are their products; the sum is rounded to the base's
-    dtype once. Dropout acts on the input of the trainable adapter only, and only in training mode.
+    Adapters and their products are float32 (float64 for a float64 base); the sum is rounded to the base's dtype once.
+    Dropout acts only on the input of the trainable adapter, and only in training mode.
     """
 
     def __init__(
         self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0, *, generator: torch.Generator
     ) -> None:
-        nn.Module.__init__(self)  # not nn.Linear's: it would allocate and draw a weight only to drop it
+        nn.Module.__init__(self)  # nn.Linear's would allocate and initialise a weight that is not used
         self.in_features, self.out_features = base.in_features, base.out_features
         self.weight = base.weight
         self.base_type = type(base)
         self.register_parameter("bias", base.bias)
         wide = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
         self.frozen_A: Tensor = nn.Buffer(base.weight.new_empty(0, self.in_features, dtype=wide))  # (R, I)
-        # (O, R), with the scale of each adapter folded in
-        self.frozen_B: Tensor = nn.Buffer(base.weight.new_empty(self.out_features, 0, dtype=wide))
+        self.frozen_B: Tensor = nn.Buffer(base.weight.new_empty(self.out_features, 0, dtype=wide))  # (O, R), scaled
         self.adapter_enabled = True
         self.reset_adapter(rank, alpha, dropout, generator)
         self.train(base.training)
 
-    @property
-    def rank(self) -> int:
-        return self.lora_A.shape[0]
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / self.rank
-
     def reset_adapter(self, rank: int, alpha: float, dropout: float, generator: torch.Generator) -> None:
-        """A fresh trainable adapter: A random, B zero. Drawn on the CPU, so it is the same for every device."""
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        """Start a new trainable adapter: B zero, A random, drawn on the CPU so that it is the same on every device."""
+        if type(rank) is not int or rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, not {rank!r}")
         if not (math.isfinite(alpha) and alpha > 0):
             raise ValueError(f"alpha must be positive, not {alpha!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be in [0, 1), not {dropout!r}")
-        self.alpha, self.dropout = alpha, dropout
+        self.rank, self.alpha, self.dropout = rank, alpha, dropout
         a = torch.empty(rank, self.in_features, dtype=self.frozen_A.dtype)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
         self.lora_A = nn.Parameter(a.to(self.weight.device))  # (r, I)
         self.lora_B = nn.Parameter(self.frozen_B.new_zeros(self.out_features, rank))  # (O, r)
 
     def stacked(self) -> tuple[Tensor, Tensor]:
-        """Every adapter as one of scale 1, detached: (R + r, I) and (O, R + r)."""
-        a = torch.cat((self.frozen_A, self.lora_A.detach()))
-        return a, torch.cat((self.frozen_B, self.lora_B.detach() * self.scale), dim=1)
+        """All adapters of the layer as one with s = 1, detached: A (R + r, I) and B (O, R + r)."""
+        b = self.lora_B.detach() * (self.alpha / self.rank)
+        return torch.cat((self.frozen_A, self.lora_A.detach())), torch.cat((self.frozen_B, b), dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         if not (self.adapter_enabled or len(self.frozen_A)):
             return linear(x, self.weight, self.bias)
-        # Beside a frozen stack a disabled adapter is one of zeros, of the same shape: policy and reference then agree
-        # to the last bit at the first step.
-        b = self.lora_B * self.scale if self.adapter_enabled else torch.zeros_like(self.lora_B)
+        # Beside frozen adapters, a disabled adapter is computed with zeros of the same shape: at the first step, policy
+        # and reference then agree to the last bit.
+        b = self.lora_B * (self.alpha / self.rank) if self.adapter_enabled else torch.zeros_like(self.lora_B)
         if not (self.dropout or torch.is_autocast_enabled(x.device.type)):
             return adapted_linear(x, self.weight, self.bias, self.frozen_A, self.frozen_B, self.lora_A, b)
         result = F.linear(x, self.weight, self.bias)
@@ -120,20 +112,16 @@ def _adapted_layers(model: nn.Module) -> dict[str, LoRALinear]:
     return layers
 
 
-def _is_head(name: str) -> bool:
-    return name == "lm_head" or name.endswith(".lm_head")
-
-
 def _matches(name: str, targets: Collection[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
 def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each replacement wherever its key is registered, also where one module is registered twice."""
+    """Put each replacement wherever its key is registered, also if a module is registered in several places."""
     if model in replacements:
         raise ValueError("the model is itself a linear layer and cannot be replaced in place: wrap it in a module")
     for parent in list(model.modules()):
-        for key, child in list(parent._modules.items()):
+        for key, child in parent._modules.items():
             if child is not None and child in replacements:
                 parent._modules[key] = replacements[child]
 
@@ -147,36 +135,34 @@ def inject_lora(
     *,
     seed: int = 0,
 ) -> list[str]:
-    """Adapt every ``nn.Linear`` of the model but the output head ``lm_head`` in place; freeze all else.
+    """Adapt every ``nn.Linear`` of the model except the output head ``lm_head``, in place, and freeze all else.
 
-    ``targets`` narrows this to names or endings of names, e.g. ``["q_proj", "layers.0.mlp.up_proj"]``. The model
-    computes what it did before, as B is zero; A is drawn from ``seed`` and the global generator is left alone. Returns
-    the full names of the adapted layers in module order.
-
-    Raises ValueError for a model that has adapters already or no linear layer, for a target that matches none, for the
-    output head as a target (its weight is read directly where log-probabilities are computed), for a layer of a
-    subclass of ``nn.Linear``, whose forward may differ, and for a rank, alpha or dropout out of range.
+    ``targets`` selects layers by their names or the ends of these: ``["q_proj", "layers.0.mlp.up_proj"]``. The outputs
+    stay the same, as B is zero; A is drawn from ``seed``, and the global generator is not used. Returns the full names
+    of the adapted layers in module order. Raises ValueError, and leaves the model alone, if it has adapters already or
+    no linear layer, if a target matches none or is the output head (whose weight is read directly for
+    log-probabilities), for a subclass of ``nn.Linear``, whose forward may differ, and for a setting out of range.
     """
-    names = [targets] if isinstance(targets, str) else targets
+    targets = [targets] if isinstance(targets, str) else targets
     linears = _layers(model, nn.Linear)
-    for target in names or ():
+    for target in targets or ():
         if not any(_matches(name, [target]) for name in linears):
             raise ValueError(f"target {target!r} matches no linear layer of the model")
-    chosen = [name for name in linears if (not _is_head(name) if names is None else _matches(name, names))]
+    chosen = [name for name in linears if (not _matches(name, _HEAD) if targets is None else _matches(name, targets))]
     return _inject(model, chosen, rank, alpha, dropout, seed)
 
 
 def _inject(model: nn.Module, names: list[str], rank: int, alpha: float, dropout: float, seed: int) -> list[str]:
-    """Adapt the layers of exactly these names; the model is untouched where anything is refused."""
+    """Adapt exactly the layers of these names, or raise ValueError and leave the model alone."""
     if _layers(model, LoRALinear):
-        raise ValueError("the model has adapters already: freeze_adapter stacks one more, merge_adapters folds them in")
+        raise ValueError("the model has adapters already: freeze_adapter adds one, merge_adapters folds them in")
     if not names:
         raise ValueError("there is no linear layer to adapt")
     generator = torch.Generator().manual_seed(seed)
     replacements: dict[nn.Module, nn.Module] = {}
     for name in names:
         base = model.get_submodule(name)
-        if _is_head(name):
+        if _matches(name, _HEAD):
             raise ValueError(f"{name} is the output head, whose weight is read directly: it cannot be adapted")
         if not isinstance(base, nn.Linear) or type(base) not in (nn.Linear, Linear):
             raise ValueError(f"{name} is a {type(base).__name__}, not a plain nn.Linear: it cannot be adapted")
@@ -190,25 +176,24 @@ def _inject(model: nn.Module, names: list[str], rank: int, alpha: float, dropout
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """Switch the trainable adapters off while inside; the frozen stack stays on. This is the reference model.
+    """A context without the trainable adapters; the frozen ones stay on. This is the reference model.
 
-    May be nested; on leaving, also by an exception, each layer gets back the state it had. A backward pass through
-    checkpointed activations has to happen inside too, as it runs the forward pass again. Raises ValueError for a model
-    without adapters, whose "reference" would be the policy.
+    May be nested. On leaving, also after an exception, each layer returns to its earlier state. A backward pass through
+    checkpointed activations repeats the forward pass, so it must be inside too. Raises ValueError for a model without
+    adapters, whose reference would be the policy itself.
     """
-    layers = list(_adapted_layers(model).values())
-    before = [layer.adapter_enabled for layer in layers]
+    before = {layer: layer.adapter_enabled for layer in _adapted_layers(model).values()}
     try:
-        for layer in layers:
+        for layer in before:
             layer.adapter_enabled = False
         yield
     finally:
-        for layer, enabled in zip(layers, before, strict=True):
+        for layer, enabled in before.items():
             layer.adapter_enabled = enabled
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The trainable A and B of every adapted layer, in module order; the frozen stack is not among them."""
+    """The trainable A and B of every adapted layer, in module order, without the frozen adapters."""
     return [factor for layer in _layers(model, LoRALinear).values() for factor in (layer.lora_A, layer.lora_B)]
 
 
@@ -220,36 +205,35 @@ def freeze_adapter(
     dropout: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Move the trainable adapter onto the frozen stack and start a fresh one, which computes nothing yet.
+    """Add the trainable adapter to the frozen ones and start a new one, whose B is zero.
 
-    What is not given stays as it was. The fresh A is drawn from ``seed`` and the height of the stack, so it differs
-    from the one before. Its parameters are new objects: make the optimiser afterwards. Raises ValueError for a model
+    Settings that are not given stay the same. The new A is drawn from ``seed`` and the total rank, so it differs from
+    the previous one. The parameters are new objects: create the optimiser afterwards. Raises ValueError for a model
     without adapters and for settings out of range.
     """
     layers = list(_adapted_layers(model).values())
     generator = torch.Generator().manual_seed(seed + layers[0].frozen_A.shape[0] + layers[0].rank)
     for layer in layers:
-        frozen_a, frozen_b = layer.stacked()
+        frozen = layer.stacked()
         layer.reset_adapter(
             layer.rank if rank is None else rank,
             layer.alpha if alpha is None else alpha,
             layer.dropout if dropout is None else dropout,
             generator,
         )
-        layer.frozen_A, layer.frozen_B = frozen_a, frozen_b
+        layer.frozen_A, layer.frozen_B = frozen
 
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module) -> float:
-    """Fold every adapter, frozen and trainable, into the weights and turn the layers back into what they were.
+    """Fold every adapter, frozen and trainable, into the weights, and restore plain linear layers. For export.
 
-    The sum is computed in float32 and rounded once to the base's dtype. Returns the largest relative loss of that
-    rounding over the layers, ``norm(stored - exact) / norm(update)``: 0 in float32, and near 1 where a bfloat16 weight
-    swallowed the update. For export; a model without adapters is left as it is (0.0). A weight that was tied to another
-    module is tied no longer. Merged weights stay frozen.
+    The sum is computed in float32 and rounded once to the base's dtype. Returns the largest relative rounding error of
+    a layer, ``norm(stored - exact) / norm(update)``: 0 in float32, near 1 if a bfloat16 weight lost the update; 0.0 for
+    a model without adapters. Merged weights stay frozen and are no longer tied to other modules.
     """
     worst = 0.0
-    for name in list(_layers(model, LoRALinear)):  # by name, so that each old weight is let go before the next is made
+    for name in list(_layers(model, LoRALinear)):  # a list of the layers would keep all old weights in memory
         layer = cast(LoRALinear, model.get_submodule(name))
         a, b = layer.stacked()
         update = b @ a
@@ -262,23 +246,22 @@ def merge_adapters(model: nn.Module) -> float:
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Drop every adapter, frozen and trainable, and with them what was learnt: the bare base model, still frozen."""
+    """Drop every adapter, frozen and trainable; what is left is the base model, still frozen."""
     swap_modules(model, {layer: _plain(layer, layer.weight) for layer in _layers(model, LoRALinear).values()})
 
 
 def _plain(layer: LoRALinear, weight: Tensor) -> nn.Linear:
-    # On meta, so that nothing is allocated or drawn for a weight that is replaced at once.
+    # On the meta device nothing is allocated or initialised for the weight, which is replaced at once.
     plain = layer.base_type(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
     plain.weight, plain.bias = weight, layer.bias
     return plain.train(layer.training)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "") -> None:
-    """Write all adapters as one, of rank R + r, in PEFT's format; ``base_model`` is the name or path of the base.
+    """Write all adapters as one of rank R + r in PEFT's format; ``base_model`` is the name or path of the base.
 
-    A stack is written frozen part first with its scales folded in (alpha = rank), so that nothing is rounded; a lone
-    adapter keeps its alpha. Each file is written under a temporary name and renamed, the configuration last.
-
+    With frozen adapters, which come first, the scales are folded into B and alpha = rank, so nothing is rounded; a
+    single adapter keeps its alpha. Each file is written under a temporary name and renamed, the configuration last.
     Raises ValueError for a model without adapters, or with layers that differ in rank, alpha or dropout.
     """
     from safetensors.torch import save_file
@@ -308,12 +291,10 @@ def _keys(name: str) -> tuple[str, str]:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
-    """Adapt exactly the layers that an adapter folder in PEFT's format names; the adapter is then the trainable one.
+    """Adapt exactly the layers of an adapter folder in PEFT's format; its adapter becomes the trainable one.
 
-    ``freeze_adapter`` afterwards makes it part of the reference. Returns the names of the layers. Nothing is changed
-    unless everything fits.
-
-    Raises ValueError for a model that has adapters, for a configuration that needs more than plain LoRA with one rank
+    ``freeze_adapter`` afterwards makes it part of the reference. Returns the names of the layers. Raises ValueError,
+    and leaves the model alone, if it has adapters, for a configuration that needs more than plain LoRA with one rank
     (the entry is named), and for a tensor that is missing, unexpected or of the wrong shape.
     """
     from safetensors import SafetensorError
@@ -327,7 +308,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
     names = _check_tensors(model, tensors, config, path)
     rank = config["r"]
-    alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)  # rank-stabilised: s = alpha/√r
+    alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)  # rsLoRA: s = alpha / sqrt(r)
     _inject(model, names, rank, alpha, config.get("lora_dropout") or 0.0, seed=0)
     for name, layer in _layers(model, LoRALinear).items():
         for factor, key in zip((layer.lora_A, layer.lora_B), _keys(name), strict=True):
@@ -336,7 +317,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
 
 
 def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -> list[str]:
-    """The layers to adapt, in module order, once every tensor is known to be there and to fit."""
+    """The layers to adapt, in module order. Raises ValueError for a tensor that does not fit or is missing."""
     linears, rank = _layers(model, nn.Linear), config["r"]
     shapes: dict[str, tuple[int, int]] = {}
     for name, layer in linears.items():
@@ -354,12 +335,12 @@ def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], config: dict[st
 
 
 def _is_expected(name: str, config: dict[str, Any], linears: Collection[str]) -> bool:
-    """Whether the configuration says that this layer is adapted; where it narrows its targets, the tensors decide."""
+    """Whether the configuration names this layer; not if it excludes layers, as then the tensors decide."""
     targets = config.get("target_modules")
     if not targets or config.get("exclude_modules") or config.get("layers_to_transform") is not None:
         return False
     if isinstance(targets, str):
-        return not _is_head(name) if targets == "all-linear" else re.fullmatch(targets, name) is not None
+        return not _matches(name, _HEAD) if targets == "all-linear" else re.fullmatch(targets, name) is not None
     return _matches(name, [target for target in targets if target == name or target not in linears])
 
 
@@ -371,9 +352,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         if not isinstance(config.get(key), (int, float)) or not config[key] > 0:
             raise ValueError(f"{path}: {key} must be a positive number, not {config.get(key)!r}")
     refused = {key: value for key, value in config.items() if value and key not in _UNDERSTOOD}
-    for key, plain in (("bias", ("none",)), ("init_lora_weights", _PLAIN_INITS)):
-        if key in config and config[key] not in plain:
-            refused[key] = config[key]
+    refused |= {key: config[key] for key in _ALLOWED if key in config and config[key] not in _ALLOWED[key]}
     if refused:
         raise ValueError(f"{path}: not supported: " + ", ".join(f"{key} = {value!r}" for key, value in refused.items()))
     return config

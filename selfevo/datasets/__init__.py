@@ -1,4 +1,4 @@
-"""The public dialogue corpora as typed records."""
+"""Public dialogue corpora as typed records, and preference pairs."""
 
 from selfevo.datasets.pairs import Pair, read_pairs
 from selfevo.datasets.readers import (

@@ -1,4 +1,4 @@
-"""The dialogues of a run: what is trained on, held out, used as seeds and tested on, and how turns become examples."""
+"""The dialogues of a run: which are trained on, held out, used as seeds and tested on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ from typing import Annotated
 from selfevo.datasets.readers import load_alpaca, load_dialogues
 from selfevo.datasets.seeds import derive_seed
 from selfevo.datasets.statistics import Statistics, describe_dialogues
-from selfevo.dialogue import (
-    Dialogue,
-    Example,
-    Instruction,
-    clean_dialogue,
-    reply_examples,
-    split_dialogues,
-)
+from selfevo.dialogue import Dialogue, Example, Instruction, clean_dialogue, reply_examples, split_dialogues
 
 
 @dataclass
@@ -35,14 +28,14 @@ class DataLog:
 
 
 class CorpusError(ValueError):
-    """Files that leave a stage without data; the message says which."""
+    """Files that leave a stage without data; the message names them."""
 
 
 @dataclass(frozen=True)
 class HumanData:
-    """Human dialogues to learn from and to test on."""
+    """Human dialogues to train on and to test on."""
 
-    esconv: Annotated[str, "human dialogues to learn from (ESConv.json); split 9:1 by dialogue"]
+    esconv: Annotated[str, "human dialogues to train on (ESConv.json); split 9:1 by dialogue"]
     test: Annotated[str, "test dialogues; without any, the tenth of ESConv that is held out"] = ""
     skip_greetings: Annotated[bool, "leave the first and the last two supporter turns out of the test turns"] = False
     hold_out: Annotated[bool, "without --test: hold a tenth of the training dialogues out for early stopping"] = False
@@ -60,7 +53,7 @@ class HumanData:
 
 @dataclass(frozen=True)
 class DataSettings(HumanData):
-    """All dialogues of the loop: human ones, seeds of phase 2, and instructions to replay."""
+    """All data of the loop: human dialogues, seed dialogues for phase 2, and instructions to replay."""
 
     synthetic: Annotated[
         tuple[str, ...], "seed dialogues for phase 2 (ExTES, ServeForEmo, ...); without any, ESConv"
@@ -80,7 +73,7 @@ class DataSettings(HumanData):
 
 @dataclass(frozen=True)
 class SeedPart:
-    """The seed turns of one iteration; pairs of the ``held_out`` dialogues (by id) serve early stopping."""
+    """The seed turns of one iteration; pairs of the ``held_out`` dialogues (ids) are for early stopping."""
 
     examples: list[Example]
     held_out: frozenset[str]
@@ -109,35 +102,41 @@ class Corpus:
 
 
 def load_corpus(data: DataSettings, *, iterations: int, seed: int) -> Corpus:
-    """Reads and cleans all files and splits them by dialogue, as the seed says.
+    """Reads and cleans all files and splits them by dialogue; the splits depend on ``seed``.
 
     ESConv is split 9:1. The tenth is the test set, or, where ``data.test`` names a file, what is held out for early
     stopping of SFT; without such a file nothing is, unless ``data.hold_out`` takes a tenth of the training dialogues
     for it. Test turns are all supporter turns, but for those that ``data.skip_greetings`` leaves out. Seeds, from
-    ``data.synthetic`` or else from the training dialogues, are split into one part per iteration.
+    ``data.synthetic`` or else from the training dialogues, are split into one part per iteration. Raises
+    ``CorpusError`` if nothing is left to train on, to test on or as the seeds of an iteration.
     """
     log = DataLog()
     train, held_out, tested = split_human(data, seed, log)
+    if not train:
+        raise CorpusError(f"{data.esconv}: no dialogue is left to train on")
     sources = [dialogue for path in data.synthetic for dialogue in read_dialogues(path, data.limit, log)] or train
+    test_file = data.test or data.esconv
+    test = _test_turns(tested, data.skip_greetings, log.counter(test_file, "targets"))
+    replay = _replay(data, seed, log)
+    seeds = []
     parts = split_dialogues(sources, (1 / iterations,) * iterations, seed=derive_seed(seed, "split", "seeds"))
-    test_counts = log.counter(data.test or data.esconv, "targets")
-    corpus = Corpus(
-        train=train,
-        held_out=held_out,
-        replay=_replay(data, seed, log),
-        seeds=[
-            _seed_part(part, derive_seed(seed, "split", "seeds", i, "held-out"), log.counter("seeds", f"targets_{i}"))
-            for i, part in enumerate(parts, 1)
-        ],
-        test=_test_turns(tested, data.skip_greetings, test_counts),
-        log=log,
-    )
-    _check(corpus, data)
-    return corpus
+    for number, part in enumerate(parts, 1):
+        counter = log.counter("seeds", f"targets_{number}")
+        examples = [example for dialogue in part for example in reply_examples(dialogue, counter)]
+        if not examples:
+            source = ", ".join(data.synthetic) or data.esconv
+            raise CorpusError(
+                f"{source}: no supporter turn is left as a seed of iteration {number} (too few dialogues?)"
+            )
+        _, tenth = split_dialogues(part, (0.9, 0.1), seed=derive_seed(seed, "split", "seeds", number, "held-out"))
+        seeds.append(SeedPart(examples, frozenset(dialogue.id for dialogue in tenth)))
+    if not test:
+        raise CorpusError(f"{test_file}: no supporter turn is left to test on (too few or too short dialogues)")
+    return Corpus(train, held_out, replay, seeds, test, log)
 
 
 def split_human(data: HumanData, seed: int, log: DataLog) -> tuple[list[Dialogue], list[Dialogue], list[Dialogue]]:
-    """Cleaned dialogues to train on, to hold out and to test on, dealt out as ``load_corpus`` says."""
+    """Cleaned dialogues to train on, to hold out and to test on, split as ``load_corpus`` says."""
     human = read_dialogues(data.esconv, data.limit, log)
     train, held_out = split_dialogues(human, (0.9, 0.1), seed=derive_seed(seed, "split", "test"))
     if data.test:
@@ -176,23 +175,3 @@ def _replay(data: DataSettings, seed: int, log: DataLog) -> list[Instruction]:
     instructions = load_alpaca(data.replay, log.counter(data.replay, "instructions"))
     wanted = min(len(instructions), data.replay_count, data.limit or data.replay_count)
     return random.Random(derive_seed(seed, "replay")).sample(instructions, wanted)
-
-
-def _seed_part(dialogues: list[Dialogue], seed: int, counts: Counter[str]) -> SeedPart:
-    _, held_out = split_dialogues(dialogues, (0.9, 0.1), seed=seed)
-    examples = [example for dialogue in dialogues for example in reply_examples(dialogue, counts)]
-    return SeedPart(examples, frozenset(dialogue.id for dialogue in held_out))
-
-
-def _check(corpus: Corpus, data: DataSettings) -> None:
-    if not corpus.train:
-        raise CorpusError(f"{data.esconv}: no dialogue is left to train on")
-    for number, part in enumerate(corpus.seeds, 1):
-        if not part.examples:
-            source = ", ".join(data.synthetic) or data.esconv
-            raise CorpusError(
-                f"{source}: no supporter turn is left as a seed of iteration {number} (too few dialogues?)"
-            )
-    if not corpus.test:
-        path = data.test or data.esconv
-        raise CorpusError(f"{path}: no supporter turn is left to test on (too few or too short dialogues)")

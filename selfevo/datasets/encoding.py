@@ -10,7 +10,7 @@ from selfevo.models.tokenizer import ChatTokenizer
 
 @dataclass(frozen=True)
 class FittedPrompt:
-    """A prompt's ids after the oldest turns were dropped; ``ids`` is None where even the shortest form is too long."""
+    """The ids of a prompt without its oldest turns; ``ids`` is None if even the shortest form is too long."""
 
     ids: list[int] | None
     turns_dropped: int
@@ -22,13 +22,11 @@ def fit_prompt(tokenizer: ChatTokenizer, messages: Messages, max_tokens: int, *,
     The system message and the ``keep_last`` last messages always stay: 1 for a reply (the user's turn), 3 for a
     reflection (the user's turn, the reply, the request).
     """
-    has_system = bool(messages) and messages[0]["role"] == "system"
-    head, spoken = list(messages[:1] if has_system else []), list(messages[1:] if has_system else messages)
+    system = [message for message in messages[:1] if message["role"] == "system"]
+    spoken = messages[len(system) :]
     dropped = 0
-    while True:
-        ids = tokenizer.encode_chat([*head, *spoken[dropped:]])
-        if len(ids) <= max_tokens:
-            return FittedPrompt(ids, dropped)
+    while len(ids := tokenizer.encode_chat([*system, *spoken[dropped:]])) > max_tokens:
         if len(spoken) - dropped - 2 < keep_last:
             return FittedPrompt(None, dropped)
         dropped += 2
+    return FittedPrompt(ids, dropped)

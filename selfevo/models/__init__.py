@@ -1,4 +1,4 @@
-"""Backbones: one transformer, three families, their tokenizers and chat formats."""
+"""Backbones: one transformer for three model families, their tokenizers and chat formats."""
 
 from selfevo.models.checkpoint import load_model, save_pretrained
 from selfevo.models.hub import CheckpointError

@@ -1,4 +1,4 @@
-"""The seam between the model and its tokens' neighbours: every layer asks an ``AttentionContext`` to attend.
+"""Attention: every layer calls an ``AttentionContext``, which decides what each token attends to.
 
 Notation: B batch, T tokens of this call, S keys, H query heads, K key-value heads, E head size.
 """
@@ -13,22 +13,22 @@ from torch import Tensor
 
 
 class AttentionContext(Protocol):
-    """Who may attend to what in one forward pass, and by which kernel.
+    """What each token attends to in one forward pass, and the kernel that computes it.
 
-    A layer hands over its projections, rotary embeddings applied; a context may keep them, as a cache does, and put
-    earlier keys before them. Sliding windows come from the model's configuration, layer by layer.
+    A layer passes its projections after the rotary embeddings. A context may store them, as a cache does, and attend to
+    earlier keys too. The model's configuration has the sliding window of each layer.
     """
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
         """(B, H, T, E), (B, K, T, E) twice -> (B, H, T, E).
 
-        ``window`` is how many positions a token may see, itself included; None is no limit.
+        ``window`` is the number of positions that a token may attend to, including its own; None means no limit.
         """
         ...
 
 
 class Causal:
-    """Each token attends to itself and to those before it in its row. ``positions`` (B, T) serve sliding windows."""
+    """Each token attends to itself and to those before it in its row; ``positions`` (B, T) are for sliding windows."""
 
     def __init__(self, positions: Tensor) -> None:
         self._positions = positions
@@ -45,12 +45,12 @@ class Causal:
 
 
 class Masked:
-    """A token attends where ``allowed``, (T, T) or (B, T, T) boolean, is True; windows are laid over it by position."""
+    """A token attends where ``allowed``, boolean (T, T) or (B, T, T), is True, within its window by position."""
 
     def __init__(self, allowed: Tensor, positions: Tensor) -> None:
         self._allowed = allowed[None] if allowed.dim() == 2 else allowed
         self._positions = positions
-        self._by_window: dict[int | None, Tensor] = {}  # made once for all layers
+        self._by_window: dict[int | None, Tensor] = {}  # shared by all layers
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
         if window not in self._by_window:
@@ -62,18 +62,18 @@ class Masked:
 
 
 def within_window(positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
-    """Positions (B, T) and (B, S) -> (B, T, S), True where a key lies less than ``window`` positions back."""
+    """Positions (B, T) and (B, S) -> (B, T, S), True where a key is less than ``window`` positions before a query."""
     return positions[:, :, None] - key_positions[:, None, :] < window
 
 
 def fused_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
     """PyTorch's fused kernel: (B, H, T, E), (B, K, S, E) twice -> (B, H, T, E).
 
-    ``mask`` broadcasts to (B, H, T, S), True where a query may attend; None is causal.
+    ``mask`` broadcasts to (B, H, T, S), True where a query may attend; None means causal.
     """
     shared = queries.shape[1] // keys.shape[1]
     if shared > 1 and mask is not None and queries.device.type != "cpu":
-        # Given both a mask and keys that several heads share, PyTorch falls back to a kernel that holds all scores.
+        # With a mask and with keys shared by several heads, PyTorch uses a kernel that stores all scores.
         keys, values = (x.repeat_interleave(shared, dim=1) for x in (keys, values))
         shared = 1
     return F.scaled_dot_product_attention(

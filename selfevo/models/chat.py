@@ -1,4 +1,4 @@
-"""What a chat format is: how messages become ids. The families' own formats live in their modules."""
+"""Chat formats: how messages become ids. The formats of the model families are in their modules."""
 
 from __future__ import annotations
 
@@ -11,39 +11,31 @@ ROLES = ("system", "user", "assistant")
 
 
 class Codec(Protocol):
-    """What a chat format needs of a tokenizer."""
+    """What a chat format needs from a tokenizer."""
 
     def encode(self, text: str) -> list[int]: ...
     def special_id(self, token: str) -> int: ...
 
 
 class ChatFormat(Protocol):
-    """Turns messages into ids; built from a :class:`Codec` whose vocabulary has all the ``markers``."""
+    """Turns messages, checked by ``check_messages``, into ids of a codec whose vocabulary has all the ``markers``."""
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def markers(self) -> tuple[str, ...]:
-        """Special tokens without which the format cannot be written."""
-        ...
-
-    @property
-    def templates(self) -> frozenset[str]:
-        """Fingerprints of the published templates that this code reproduces."""
-        ...
+    name: str
+    markers: tuple[str, ...]  # the special tokens that the format writes
+    templates: frozenset[str]  # SHA-256 of the published templates (without outer white space) that it reproduces
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]: ...
     def reply(self, codec: Codec, text: str) -> list[int]:
-        """Ids of an assistant's text as they follow a generation prompt, the id that ends the turn included."""
+        """Ids of an assistant's text as they follow a generation prompt, including the id that ends the turn."""
         ...
 
     def stop_ids(self, codec: Codec) -> tuple[int, ...]:
-        """Ids that end a turn; the first is the one that the format itself writes."""
+        """All ids that end a turn; the format itself writes the first."""
         ...
 
 
 class ChatError(ValueError):
-    """Messages that a chat format cannot express; the message says which one and why."""
+    """Messages that a chat format cannot express; the error names the message and the reason."""
 
 
 def check_messages(messages: Messages, *, format_name: str) -> None:
@@ -60,19 +52,18 @@ def check_messages(messages: Messages, *, format_name: str) -> None:
             raise ChatError(f"message {index}: the {format_name} format takes a system message only at the beginning")
 
 
-class PlainChat:
-    """For base models without a chat template: role names as words, each assistant turn closed by the stop token."""
+class PlainChat(ChatFormat):
+    """For base models without a chat template: roles are plain words; the stop token ends each assistant turn."""
 
     name = "plain"
-    markers: tuple[str, ...] = ()
-    templates: frozenset[str] = frozenset()
+    markers = ()
+    templates = frozenset()
     labels: Mapping[str, str] = {"system": "", "user": "User: ", "assistant": "Assistant: "}
 
     def __init__(self, bos: int | None, eos: int) -> None:
         self.bos, self.eos = bos, eos
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]:
-        check_messages(messages, format_name=self.name)
         ids = [] if self.bos is None else [self.bos]
         for message in messages:
             if message["role"] == "assistant":

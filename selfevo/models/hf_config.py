@@ -1,7 +1,7 @@
-"""Reading and writing ``config.json``: what the three families have in common.
+"""Reading and writing ``config.json``: the keys that the three families have in common.
 
-A reader hands out each key once; whatever is left at the end is either known to be without effect on the forward pass
-or refused by name, so that a feature we do not implement cannot be ignored.
+Every key is either read, or known to have no effect on the logits, or refused by name: a feature that is not
+implemented is never ignored.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from selfevo.models.model_config import Llama3RopeScaling, ModelConfig
 
-# Bookkeeping, training-time and generation-time keys: none of them changes the logits.
+# Keys for bookkeeping, training and generation, which do not change the logits.
 HARMLESS = frozenset(
     """architectures attention_dropout bos_token_id chunk_size_feed_forward dtype eos_token_id finetuning_task id2label
     initializer_range is_encoder_decoder keys_to_ignore_at_inference label2id model_type output_attentions
@@ -26,7 +26,7 @@ class ConfigError(ValueError):
 
 
 class ConfigReader:
-    """Takes values out of a parsed ``config.json``, checking their type and remembering which were taken."""
+    """Takes values out of a parsed ``config.json``, checks their types, and refuses what is left at the end."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self.source = source
@@ -36,7 +36,7 @@ class ConfigReader:
         return ConfigError(f"{self.source}: {message}")
 
     def take(self, key: str, kind: type, default: Any = _REQUIRED) -> Any:
-        """The value of ``key`` as ``kind``; null counts as absent; without a default the key must be there."""
+        """Removes and returns the value of ``key``; null means absent; a key without a default is required."""
         value = self._values.pop(key, None)
         if value is None:
             if default is _REQUIRED:
@@ -49,19 +49,19 @@ class ConfigReader:
         return value
 
     def take_window(self, key: str, absent: int) -> int | None:
-        """A sliding window, where null and 0 say that there is none, and absence means the family's own default."""
+        """A sliding window: null and 0 mean none, and a missing key means ``absent``, the family's default."""
         if key not in self._values:
             return absent
         return self.take(key, int, 0) or None
 
     def require(self, key: str, allowed: tuple[Any, ...]) -> None:
-        """Refuses any value of ``key`` but the allowed ones (or its absence)."""
+        """Refuses ``key`` unless it is absent or has one of the allowed values."""
         value = self._values.pop(key, None)
         if value is not None and value not in allowed:
             raise self.fail(f"{key!r} is {value!r}; only {' or '.join(map(repr, allowed))} is implemented")
 
     def finish(self) -> None:
-        """Refuses what nobody took, unless it is harmless or switched off."""
+        """Refuses the keys that were not taken, unless they are harmless or switched off."""
         for key, value in self._values.items():
             harmless = key in HARMLESS or key.startswith("_") or key.endswith("_version")
             if not harmless and value not in (None, False, 0, [], {}):
@@ -69,17 +69,15 @@ class ConfigReader:
 
 
 def read_rope(reader: ConfigReader, default_max_positions: int) -> dict[str, Any]:
-    """Rotary settings in the older (``rope_theta``, ``rope_scaling``) and the newer (``rope_parameters``) spelling."""
+    """Rotary settings, in the older form (``rope_theta``, ``rope_scaling``) or the newer (``rope_parameters``)."""
     max_positions = reader.take("max_position_embeddings", int, default_max_positions)
-    top_theta = reader.take("rope_theta", float, 10000.0)
     older = reader.take("rope_scaling", dict, {})
     settings = ConfigReader(reader.take("rope_parameters", dict, older), f"{reader.source}, rotary settings")
-    legacy_kind = settings.take("type", str, "default")
-    kind = settings.take("rope_type", str, legacy_kind)
-    theta = settings.take("rope_theta", float, top_theta)
+    kind = settings.take("rope_type", str, settings.take("type", str, "default"))
+    theta = settings.take("rope_theta", float, reader.take("rope_theta", float, 10000.0))
     settings.require("partial_rotary_factor", (1.0,))
-    top_original = reader.take("original_max_position_embeddings", int, None)
-    original = settings.take("original_max_position_embeddings", int, top_original)
+    original = reader.take("original_max_position_embeddings", int, None)
+    original = settings.take("original_max_position_embeddings", int, original)
     scaling = None
     if kind == "llama3":
         scaling = Llama3RopeScaling(
@@ -95,7 +93,7 @@ def read_rope(reader: ConfigReader, default_max_positions: int) -> dict[str, Any
 
 
 def read_common(reader: ConfigReader, *, default_kv_heads: int | None, max_positions: int) -> dict[str, Any]:
-    """The settings that every family spells alike; ``default_kv_heads`` None means as many as there are heads."""
+    """The settings that every family names alike; ``default_kv_heads`` None stands for the number of heads."""
     hidden_size, num_heads = reader.take("hidden_size", int), reader.take("num_attention_heads", int)
     head_dim = reader.take("head_dim", int, None)
     if head_dim is None:
@@ -118,7 +116,7 @@ def read_common(reader: ConfigReader, *, default_kv_heads: int | None, max_posit
 
 
 def write_common(config: ModelConfig) -> dict[str, Any]:
-    """The inverse of :func:`read_common`, in the spelling that every version of transformers reads."""
+    """The inverse of :func:`read_common`, in the form that every version of transformers reads."""
     values: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder, or a hub id that huggingface-hub brings."""
+"""Finding a checkpoint: a folder, or a hub id that huggingface-hub downloads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class CheckpointError(ValueError):
 
 
 def locate(source: str | Path, *, patterns: Sequence[str], revision: str | None) -> Path:
-    """The folder of ``source``; for a hub id the files matching ``patterns`` are fetched (or found in the cache)."""
+    """The folder of ``source``; for a hub id, the files that match ``patterns`` are downloaded unless in the cache."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder

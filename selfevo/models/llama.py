@@ -1,11 +1,11 @@
-"""Llama: how its configuration maps onto the transformer, and the Llama-3 chat format."""
+"""Llama: its ``config.json`` as a ``ModelConfig`` and back, and the Llama-3 chat format."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from selfevo.dialogue import Messages
-from selfevo.models.chat import Codec, check_messages
+from selfevo.models.chat import ChatFormat, Codec
 from selfevo.models.hf_config import ConfigReader, read_common, write_common
 from selfevo.models.model_config import ModelConfig
 
@@ -33,7 +33,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-class Llama3Chat:
+class Llama3Chat(ChatFormat):
     """``<|start_header_id|>role<|end_header_id|>``, two newlines, the stripped content, ``<|eot_id|>``; one BOS."""
 
     name = "llama3"
@@ -41,7 +41,6 @@ class Llama3Chat:
     templates = frozenset({"ba03a121d097859c7b5b9cd03af99aafe95275210d2876f642ad9929a150f122"})
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]:
-        check_messages(messages, format_name=self.name)
         ids = [codec.special_id("<|begin_of_text|>")]
         for message in messages:
             ids += self._header(codec, message["role"]) + self.reply(codec, message["content"])

@@ -1,11 +1,11 @@
-"""Mistral: how its configuration maps onto the transformer, and the chat format of Mistral-7B-Instruct-v0.3."""
+"""Mistral: its ``config.json`` as a ``ModelConfig`` and back, and the chat format of Mistral-7B-Instruct-v0.3."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from selfevo.dialogue import Messages
-from selfevo.models.chat import ChatError, Codec, check_messages
+from selfevo.models.chat import ChatError, ChatFormat, Codec
 from selfevo.models.hf_config import ConfigReader, read_common, write_common
 from selfevo.models.model_config import ModelConfig
 
@@ -25,11 +25,11 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-class MistralChat:
-    """``<s>[INST] user[/INST] assistant</s>``; the system text stands before the last user message, two newlines apart.
+class MistralChat(ChatFormat):
+    """``<s>[INST] user[/INST] assistant</s>``; the system text and two newlines come before the last user message.
 
-    It therefore moves as a dialogue grows. Where an assistant turn ends the conversation it stays before the last user
-    message (the published template drops it there; the makers' own encoder does not).
+    So the system text moves as a dialogue grows. It is also written if the conversation ends with an assistant turn,
+    as by Mistral's own encoder; the published template drops it there.
     """
 
     name = "mistral"
@@ -37,16 +37,13 @@ class MistralChat:
     templates = frozenset({"cafb64e0e9e5fd2503054b3479593fae39cbdfd52338ce8af9bb4664a8eb05bd"})
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]:
-        check_messages(messages, format_name=self.name)
         system = messages[0]["content"] if messages[0]["role"] == "system" else ""
         spoken = [message for message in messages if message["role"] != "system"]
         for index, message in enumerate(spoken):
             if message["role"] != ("user", "assistant")[index % 2]:
                 raise ChatError("in the mistral format user and assistant alternate, and a user begins")
         if add_generation_prompt and len(spoken) % 2 == 0:
-            raise ChatError(
-                "in the mistral format [/INST] is the generation prompt: it needs a user message at the end"
-            )
+            raise ChatError("the mistral format writes a generation prompt only after a user message")
         last_user = (len(spoken) - 1) // 2 * 2
         ids = [codec.special_id("<s>")]
         for index, message in enumerate(spoken):

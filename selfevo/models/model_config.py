@@ -1,4 +1,4 @@
-"""Everything the forward pass depends on."""
+"""The configuration of the transformer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModelConfig:
     norm_eps: float
     rope_theta: float
     max_positions: int
-    windows: tuple[int | None, ...]  # one per layer: keys a token may see, itself included; None is no limit
+    windows: tuple[int | None, ...]  # per layer: how many keys a token sees, including its own; None: no limit
     rope_scaling: Llama3RopeScaling | None = None
     qkv_bias: bool = False
     output_bias: bool = False  # bias of o_proj
@@ -38,16 +38,9 @@ class ModelConfig:
     tied: bool = False  # the output head is the embedding
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        )
-        for name in sizes:
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
@@ -55,4 +48,4 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary embeddings, not {self.head_dim}")
         if len(self.windows) != self.num_layers:
-            raise ValueError(f"windows must name one window per layer, {self.num_layers}, not {len(self.windows)}")
+            raise ValueError(f"windows must have one entry per layer, {self.num_layers}, not {len(self.windows)}")

@@ -1,11 +1,11 @@
-"""Qwen2: how its configuration maps onto the transformer, and its ChatML format."""
+"""Qwen2: its ``config.json`` as a ``ModelConfig`` and back, and its chat format, ChatML."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from selfevo.dialogue import Messages
-from selfevo.models.chat import Codec, check_messages
+from selfevo.models.chat import ChatFormat, Codec
 from selfevo.models.hf_config import ConfigReader, read_common, write_common
 from selfevo.models.model_config import ModelConfig
 
@@ -16,7 +16,7 @@ def read_config(reader: ConfigReader) -> ModelConfig:
 
 
 def _windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
-    """A window is in force only with ``use_sliding_window``, and then in the upper layers or where listed."""
+    """The window of each layer: only with ``use_sliding_window``, and in the upper layers or those listed."""
     in_use = reader.take("use_sliding_window", bool, False)
     size = reader.take_window("sliding_window", absent=4096)
     first = reader.take("max_window_layers", int, 28)
@@ -40,16 +40,15 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-class Qwen2Chat:
+class Qwen2Chat(ChatFormat):
     """``<|im_start|>role``, a newline, the untouched content, ``<|im_end|>`` and a newline; no BOS."""
 
     name = "qwen2"
     markers = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
     templates = frozenset({"793202280c0910ab26bc6eb57c8212c2417324c6d8c4efd0d10d59092ab3e3eb"})
-    default_system = "You are a helpful assistant."  # the published template writes it where none is given
+    default_system = "You are a helpful assistant."  # as in the published template, if none is given
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]:
-        check_messages(messages, format_name=self.name)
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": self.default_system}, *messages]
         start, end = codec.special_id("<|im_start|>"), codec.special_id("<|im_end|>")

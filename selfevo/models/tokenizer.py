@@ -1,6 +1,6 @@
 """Tokenizers: plain text to ids and back, and conversations to ids in the checkpoint's own chat format.
 
-Text never becomes a special token, whatever it spells: special ids are written by the chat formats alone.
+Text never becomes a special token, even if it spells one: only the chat formats write special ids.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import tokenizers
 
 from selfevo.dialogue import Messages
 from selfevo.files import read_json
-from selfevo.models.chat import ChatFormat, PlainChat
+from selfevo.models.chat import ChatFormat, PlainChat, check_messages
 from selfevo.models.hub import locate
 from selfevo.models.llama import Llama3Chat
 from selfevo.models.mistral import MistralChat
@@ -29,22 +29,14 @@ class TokenizerError(ValueError):
     """A tokenizer folder that cannot be used; the message names the file and what to do."""
 
 
-class Backend(Protocol):
-    special: dict[str, int]  # the special tokens and their ids
-    size: int
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: list[int]) -> str: ...
-
-
 class JsonBackend:
-    """``tokenizer.json``, read by the ``tokenizers`` library."""
+    """``tokenizer.json``, read by the ``tokenizers`` library. ``special`` has the ids of the special tokens."""
 
     def __init__(self, path: Path, markers: set[str]) -> None:
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
             added = settings.get("added_tokens", [])
-            for token in added:  # encode_special_tokens covers what is marked special: mark every control token
+            for token in added:  # encode_special_tokens acts on tokens marked special only: mark every control token
                 token["special"] = token["special"] or token["content"] in markers
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(settings))
         except Exception as error:  # the library raises bare Exceptions
@@ -54,7 +46,7 @@ class JsonBackend:
         self._tokenizer.no_padding()
         self.special = {token["content"]: int(token["id"]) for token in added if token["special"]}
         self.size = self._tokenizer.get_vocab_size()
-        # sentencepiece writes a dummy space before every text; this pre-tokenizer leaves it out before a space
+        # sentencepiece puts a space before every text; Metaspace does so unless the text begins with a space already
         metaspace = settings.get("pre_tokenizer") or {}
         self._dummy_space = metaspace.get("type") == "Metaspace" and metaspace.get("prepend_scheme") != "never"
 
@@ -72,16 +64,14 @@ class SentencePieceBackend:
     """``tokenizer.model``, read by ``sentencepiece``; for folders without a ``tokenizer.json``."""
 
     def __init__(self, path: Path) -> None:
-        import sentencepiece  # seldom needed: most folders have the json
+        import sentencepiece  # rarely needed: most folders have a tokenizer.json
 
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.Load(str(path))
         except (RuntimeError, OSError) as error:
-            message = (
-                "not a sentencepiece model (Llama-3's original tokenizer.model is not one: use its tokenizer.json)"
-            )
-            raise TokenizerError(f"{path}: {message}") from error
+            hint = "Llama-3's original tokenizer.model is not one: use its tokenizer.json"
+            raise TokenizerError(f"{path}: not a sentencepiece model ({hint})") from error
         self.size = self._model.GetPieceSize()
         control = [i for i in range(self.size) if self._model.IsControl(i) or self._model.IsUnknown(i)]
         self.special = {self._model.IdToPiece(i): i for i in control}
@@ -93,25 +83,24 @@ class SentencePieceBackend:
         return str(self._model.Decode(ids))
 
 
+Backend = JsonBackend | SentencePieceBackend
+
+
 class ChatTokenizer:
-    """A tokenizer with a chat format. ``stop_ids`` holds every id that ends a turn, the format's own first."""
+    """A tokenizer with a chat format. ``stop_ids`` are all ids that end a turn; the format itself writes the first."""
 
     def __init__(self, backend: Backend, chat_format: ChatFormat, folder: Path | None = None) -> None:
         self._backend, self._format, self.folder = backend, chat_format, folder
         self._special = frozenset(backend.special.values())
         self._guarded = frozenset(i for token, i in backend.special.items() if token != "<unk>")
-        self.vocab_size = backend.size
+        self.format_name, self.vocab_size = chat_format.name, backend.size
         self.stop_ids: tuple[int, ...] = chat_format.stop_ids(self)
-
-    @property
-    def format_name(self) -> str:
-        return self._format.name
 
     def special_id(self, token: str) -> int:
         return self._backend.special[token]
 
     def encode(self, text: str) -> list[int]:
-        """Ids of plain text, nothing added; text that looks like a special token stays text."""
+        """Ids of plain text, without BOS or EOS; text that looks like a special token stays text."""
         ids = self._backend.encode(text)
         if not self._guarded.isdisjoint(ids):
             raise TokenizerError(f"{self.folder}: this vocabulary spells a special token in plain text: {text[:80]!r}")
@@ -122,23 +111,28 @@ class ChatTokenizer:
         return self._backend.decode([int(i) for i in ids if int(i) not in self._special])
 
     def encode_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation (``{"role", "content"}`` each), and of what comes before the assistant's answer."""
+        """Ids of a conversation (messages ``{"role", "content"}``), and of the prefix of the assistant's answer.
+
+        Raises ``ChatError`` for messages that the format cannot express.
+        """
+        check_messages(messages, format_name=self.format_name)
         return self._format(self, messages, add_generation_prompt)
 
     def encode_reply(self, text: str) -> list[int]:
-        """Ids of an assistant's reply as they follow a generation prompt, with the id that ends the turn."""
+        """Ids of an assistant's reply as they follow a generation prompt, including the id that ends the turn."""
         return self._format.reply(self, text)
 
 
 def load_tokenizer(source: str | Path, *, revision: str | None = None, chat_format: str | None = None) -> ChatTokenizer:
     """Loads ``tokenizer.json`` or ``tokenizer.model`` from a folder or a hub id.
 
-    The chat format is the one whose published template the folder carries; without a template, the one whose control
-    tokens the vocabulary has, or the plain format of a base model. Any other template is refused:
-    ``chat_format`` (llama3, qwen2, mistral or plain) names a format to use all the same.
+    The chat format is the one whose published template is in the folder; without a template, the one whose control
+    tokens are in the vocabulary, or else the plain format for base models. Another template is refused, unless
+    ``chat_format`` (llama3, qwen2, mistral or plain) says which format to use. Raises :class:`TokenizerError`.
     """
     folder = locate(source, patterns=FILES, revision=revision)
-    settings = _read_settings(folder / "tokenizer_config.json")
+    config = folder / "tokenizer_config.json"
+    settings: dict[str, Any] = read_json(config) if config.is_file() else {}
     markers = {marker for chat in FORMATS for marker in chat.markers}
     markers.update(token for key in ("bos_token", "eos_token", "pad_token") if (token := _token(settings, key)))
     backend: Backend
@@ -183,7 +177,7 @@ def _plain(folder: Path, settings: dict[str, Any], backend: Backend) -> PlainCha
 
 
 def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The default chat template, from either of the two places where transformers keeps it."""
+    """The default chat template, from either of the two files where transformers keeps it."""
     path = folder / "chat_template.jinja"
     template = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
     if isinstance(template, list):
@@ -195,12 +189,3 @@ def _token(settings: dict[str, Any], key: str) -> str | None:
     value = settings.get(key)
     value = value.get("content") if isinstance(value, dict) else value
     return value if isinstance(value, str) else None
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    settings = read_json(path)
-    if not isinstance(settings, dict):
-        raise TokenizerError(f"{path}: should hold a JSON object, not a {type(settings).__name__}")
-    return settings

@@ -1,4 +1,4 @@
-"""One decoder-only transformer for the Llama, Qwen2 and Mistral families, to be read from top to bottom.
+"""One decoder-only transformer for the Llama, Qwen2 and Mistral families.
 
 Notation: B batch, T tokens of this call, D hidden size, H query heads, K key-value heads, E head size, F intermediate
 size, V vocabulary. Parameter names are those of Hugging Face checkpoints.
@@ -19,7 +19,7 @@ from selfevo.models.model_config import ModelConfig
 
 
 class Transformer(nn.Module):
-    """A causal language model. ``checkpoint_activations`` trades one more forward pass for activation memory."""
+    """A causal language model. ``checkpoint_activations`` saves memory in training by a second forward pass."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Transformer(nn.Module):
         """Tokens (B, T) -> logits (B, T, V).
 
         ``positions`` (B, T) default to 0..T-1. ``mask`` (T, T) or (B, T, T) is boolean, True where a token may attend;
-        None is causal in the order of the row. Sliding windows are laid over it by position.
+        None means causal in the order of the row. Sliding windows, by position, restrict both.
         """
         context = None if mask is None else Masked(mask, _positions(tokens, positions))
         return self.lm_head(self.hidden_states(tokens, positions, context))
@@ -52,8 +52,8 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Tokens (B, T) -> final normed hidden states (B, T, D); ``lm_head`` turns them into logits.
 
-        ``positions`` (B, T) default to 0..T-1. ``context`` says what a token may attend to, earlier tokens of a cache
-        included; None is causal in the order of the row. Raises ValueError for tokens of another shape.
+        ``positions`` (B, T) default to 0..T-1. ``context`` decides what a token attends to, which may include a cache;
+        None means causal in the order of the row. Raises ValueError for tokens of another shape.
         """
         positions = _positions(tokens, positions)
         context = context or Causal(positions)
@@ -74,7 +74,7 @@ def _positions(tokens: Tensor, positions: Tensor | None) -> Tensor:
 
 
 class Backbone(nn.Module):
-    """Embedding, blocks and final norm: everything but the output head."""
+    """Embedding, blocks and final norm: everything except the output head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
