@@ -144,6 +144,7 @@ MENDED = {
     "lost bracket": ('{"a": ["x", "c": 2}', {"a": ["x"], "c": 2}),
     "lost bracket at the end": ('{"a": ["x", "y"}', {"a": ["x", "y"]}),
     "one bracket too many": ('{"a": ["x"]], "b": 1}', {"a": ["x"], "b": 1}),
+    "a digit repeated": ('{"a": ' + "9" * 400 + "}", {"a": int("9" * 400)}),
     "duplicate key": ('{"a": 1, "a": 2}', {"a": 2}),
 }  # fmt: skip
 
@@ -204,12 +205,13 @@ def test_generation_can_stop_at_the_first_token_that_closes_the_object() -> None
     assert set(ends[closing:]) == {closing}
 
 
-def test_nesting_too_deep_for_the_stack_gives_nothing() -> None:
+def test_nesting_is_followed_to_64_levels_and_no_further() -> None:
     def nested(depth: int) -> str:
         return '{"a": ' * (depth - 1) + '{"a": 1}' + "}" * (depth - 1)
 
     assert salvage_json(nested(64)) == Salvaged(json.loads(nested(64)), True)
-    assert salvage_json(nested(10_000)) is None
+    assert salvage_json(nested(65)) is None
+    assert salvage_json(nested(10_000), "wanted") is None
 
 
 @pytest.mark.parametrize(
@@ -227,6 +229,14 @@ def test_every_object_is_searched_for_the_wanted_key(text: str, expected: dict[s
     assert json_object_end(text, "wanted") == (len(text) if "wanted" in text else None)
 
 
+def test_a_generation_goes_on_until_the_wanted_key_is_there() -> None:
+    written = '{"note": {"b": 1}} {"wanted": "x"} {"wanted": "y"}'
+    ends = [json_object_end(written[:length], "wanted") for length in range(len(written) + 1)]
+    closing = written.index('"x"}') + 4
+    assert ends == [None] * closing + [closing] * (len(written) + 1 - closing)
+    assert salvage_json(written[: closing - 2], "wanted") == Salvaged({"wanted": "x"}, False)
+
+
 HOSTILE = {
     "open brackets": "[" * 100_000,
     "open brackets in an object": '{"a": ' + "[" * 100_000,
@@ -241,6 +251,7 @@ HOSTILE = {
     "items without commas": '{"a": [' + '"b" ' * 20_000,
     "escapes": '{"a": "' + '\\"' * 50_000,
     "new lines": '{"a": "x"' + "\n" * 100_000 + "b",
+    "spaces in a key": '{"a": "x", "' + " " * 100_000 + '" z',
     "spaces before a fence": '{"a": "x' + " " * 100_000 + "``",
     "digits": '{"a": ' + "9" * 100_000 + "}",
     "a bare word": "{" + "a" * 100_000,

@@ -109,6 +109,8 @@ def test_the_keys_of_the_paper_and_of_version_0_1_are_read_alike() -> None:
         TEXT[:-1] + ",}",
         TEXT[:-1],
         TEXT.replace('"score": 2', "score: 2"),
+        'I was asked for {"score": 0}. ' + TEXT,
+        f'{{"reflection": {TEXT}}}',
     ],
 )
 def test_messy_reflections_are_recovered(text: str) -> None:
