@@ -3,11 +3,13 @@
     python examples/ablate.py WHAT --out DIR [--seeds 0 1 2] [flags of iterate.py]
 
 WHAT is one of
-  seeds        the loop itself
+  seeds        the loop itself (Table 6)
+  baselines    the rows of Table 2: the vanilla backbone, SFT on ESConv without replay, SFT on the synthetic dialogues
+               instead, and M0, M1, M2
   controls     what should fail if the effect is real: chosen and rejected swapped; both replies of a pair given to
                another user; only the SFT term on the chosen replies
-  preferences  where chosen replies come from (Table 5): HM human dialogues, HL golden replies of the synthetic
-               dialogues, SR self-refinement
+  preferences  where chosen replies come from, from the vanilla backbone on (Table 5): HM human dialogues, HL golden
+               replies of the synthetic dialogues, SR self-refinement; P is the model's first reply, the rejected one
   prompts      no training, only prompts (Table 3): vanilla, strategy and self-reflection, and refine (the model
                reflects on its reply and rewrites it), for the backbone and for the models of a run
 
@@ -22,14 +24,17 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import iterate
 from embedded import show
 
+from selfevo.datasets.prompts import REPLY_STYLES
 from selfevo.dialogue import to_messages
-from selfevo.evaluation.folder import read_examples
+from selfevo.evaluation.folder import VANILLA, read_examples
+from selfevo.evaluation.score import missing_scores
 from selfevo.evaluation.tables import mean_table
 from selfevo.evolve import EvolveConfig, evolve, load_backbone
 from selfevo.evolve.evaluate import evaluate_model
@@ -38,17 +43,28 @@ from selfevo.evolve.settings import change
 from selfevo.files import read_json, read_jsonl, write_text
 from selfevo.lora import load_adapter, remove_adapters
 
+SYNTHETIC = {"sft_data": "synthetic"}
+FROM_VANILLA = {"start": VANILLA}
+SFT_ONLY = {"iterations": 0, "replay": ""}
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     "seeds": {"SR": {}},
+    "baselines": {"SFT-ESConv": SFT_ONLY, "SFT-SynESC": SFT_ONLY | SYNTHETIC, "SR": {}},
     "controls": {
         "SR": {}, "swapped": {"control": "swapped"}, "shuffled": {"control": "shuffled"},
         "sft-only": {"control": "sft-only"},
     },
-    "preferences": {"HM": {"chosen": "golden", "synthetic": ()}, "HL": {"chosen": "golden"}, "SR": {}},
+    "preferences": {
+        "HM-P": {"chosen": "golden", "synthetic": (), **FROM_VANILLA}, "HL-P": {"chosen": "golden", **FROM_VANILLA},
+        "SR-P": FROM_VANILLA,
+    },
     "prompts": {"SR": {}},
 }  # fmt: skip
-PAPER_PROMPTS = ("vanilla", "strategy", "self-reflection", "refine")
-COLUMNS = ("BLEU-2", "ROUGE-L", "Distinct-2", "Distinct-2 (corpus)", "Length")
+OWN_COLUMNS = ("BLEU-2", "ROUGE-L", "Distinct-2", "Distinct-2 (corpus)", "Length")
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "baselines": ("BLEU-2", "BLEU-3", "ROUGE-L", "METEOR", "BERTScore", "Distinct-2", "Distinct-3"),
+    "preferences": ("BLEU-2", "BLEU-3", "ROUGE-L", "Distinct-2"),
+    "prompts": ("BLEU-2", "BLEU-3", "ROUGE-L", "Distinct-3"),
+}
 Values = dict[str, float]
 
 
@@ -61,7 +77,7 @@ def run_variant(config: EvolveConfig) -> dict[str, Values]:
         evolve(config, resume=True)
     scores: dict[str, Values] = read_json(run / "eval" / "scores.json")
     rates = show.rates(run) if iterate.is_embedded(config) else {}
-    return {name: rates.get(name, {}) | {c: values[c] for c in COLUMNS} for name, values in scores.items()}
+    return {name: rates.get(name, {}) | values for name, values in scores.items()}
 
 
 def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
@@ -70,21 +86,52 @@ def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
     folder, examples = run / "prompts", read_examples(run / "eval")
     model, tokenizer = load_backbone(config.backbone)
     contexts = [to_messages(example.context) for example in examples]
-    # The embedded backbone knows the prompts of version 0.1.
-    kinds = ("plain", "strategies", "refine") if config.replies.style in ("plain", "strategies") else PAPER_PROMPTS
     table: dict[str, Values] = {}
-    for stage in ("backbone", *config.models):
+    for stage in (VANILLA, *config.models):
         remove_adapters(model)
-        if stage != "backbone":
+        if stage != VANILLA:
             load_adapter(model, run / stage)
-        for kind in kinds:
+        for kind in (*REPLY_STYLES, "refine"):
             settings = config.test_replies if kind == "refine" else replace(config.test_replies, style=kind)
             name = f"{stage}-{kind}"
             values = evaluate_model(model, tokenizer, examples, folder, name, settings, refining=kind == "refine")
             texts = [record["text"] or "" for record in read_jsonl(folder / f"{name}.replies.jsonl")]
             rates = show.score(texts, contexts) if iterate.is_embedded(config) else {}
-            table[f"{stage}, {kind}"] = rates | {c: values[c] for c in COLUMNS}
+            table[f"{stage}, {kind}"] = rates | values
     return table
+
+
+def row_name(variant: str, model: str, changes: dict[str, Any]) -> str:
+    """What a model is called in a table: those of the loop itself, and the vanilla backbone, need no variant."""
+    if variant == "SR" or model == VANILLA:
+        return model
+    return variant if changes.get("iterations") == 0 else f"{variant} {model}"
+
+
+def make_table(what: str, seeds: list[int], base: EvolveConfig) -> str:
+    """Runs what is not there yet; a row for each model, and a sentence for each score that is missing."""
+    out, rows, sentences = Path(base.out), dict[str, list[Values]](), dict[str, None]()
+    before: dict[str, str] = {}
+    for name, changes in VARIANTS[what].items():
+        for seed in seeds:
+            config = change(base, out=str(out / f"{name}-{seed}"), seed=seed, **changes)
+            print(f"{name}, seed {seed}: {config.out}", flush=True)
+            found = run_variant(config)
+            sentences |= dict.fromkeys(missing_scores(Path(config.out) / "eval", list(found)))
+            if what == "prompts":
+                found = compare_prompts(config)
+            names = {model: model if what == "prompts" else row_name(name, model, changes) for model in found}
+            before |= {names[model]: names[earlier] for earlier, model in pairwise(found)}
+            for model, values in found.items():
+                own = rows.setdefault(names[model], [])
+                if len(own) < len(seeds):  # the vanilla backbone is part of every variant
+                    own.append(values)
+    columns = COLUMNS.get(what, OWN_COLUMNS)
+    rates = show.RATES if iterate.is_embedded(base) else ()
+    table = mean_table(
+        rows, columns=(*rates, *columns), digits=1, before=before if what == "preferences" else {}
+    )  # fmt: skip
+    return "\n\n".join([table, *(s for s in sentences if s.partition(":")[0] in columns)])
 
 
 def main() -> int:
@@ -95,30 +142,17 @@ def main() -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs and of the tables")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     own, others = parser.parse_known_args()
-    out = Path(own.out)
-    runs: dict[str, list[Values]] = {}
+    path = Path(own.out) / f"{own.what}.md"
     try:
-        base = iterate.parse([*others, "--out", own.out])[0]
-        for name, changes in VARIANTS[own.what].items():
-            for seed in own.seeds:
-                config = change(base, out=str(out / f"{name}-{seed}"), seed=seed, **changes)
-                print(f"{name}, seed {seed}: {config.out}", flush=True)
-                for model, values in run_variant(config).items():
-                    runs.setdefault(f"{name} {model}", []).append(values)
-        if own.what == "prompts":
-            runs = {}
-            for seed in own.seeds:
-                for model, values in compare_prompts(replace(base, out=str(out / f"SR-{seed}"), seed=seed)).items():
-                    runs.setdefault(model, []).append(values)
+        table = make_table(own.what, own.seeds, iterate.parse([*others, "--out", own.out])[0])
+        write_text(path, table + "\n")
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues", file=sys.stderr)
         return 130
-    table = mean_table(runs, digits=1)
-    write_text(out / f"{own.what}.md", table + "\n")
-    print(f"\n{table}\n\nalso in {out / own.what}.md")
+    print(f"\n{table}\n\nalso in {path}")
     return 0
 
 

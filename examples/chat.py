@@ -1,103 +1,205 @@
-"""Talk to a trained model in the terminal.
+"""Talk to trained models in the terminal, or let several of them answer the same words (the paper's Figures 7 to 10).
 
-    python examples/chat.py RUN                                    the last model of a run
-    python examples/chat.py RUN --model M0                         another one of it
-    python examples/chat.py --backbone Qwen/Qwen2-7B-Instruct      a bare backbone
+    python examples/chat.py RUN                                      the last model of a run
+    python examples/chat.py RUN --models vanilla M0 M2               several of it, each with a conversation of its own
+    python examples/chat.py RUN --script FILE --models M0 M2         the user's words from a file, a line each; the
+                                                                     answers are also kept in RUN/chats/FILE.md
+    python examples/chat.py --backbone Qwen/Qwen2-7B-Instruct        a bare backbone
 
-An empty line or the end of input ends the conversation. --reflect also shows what the model thinks about its own reply,
-and how it would rewrite it: the step that training turns into its first answer. A conversation longer than the model's
-window loses its oldest turns. This is a research model, no counsellor.
+RUN is a run of iterate.py (models vanilla, M0, M1, ...) or of decoupled.py (joint-sft, decoupled-sft, decoupled-dpo;
+the strategy is shown). An empty line or the end of input ends the conversation. --reflect also shows what the model
+thinks about its own reply, and how it would rewrite it: the step that training turns into its first answer. A
+conversation longer than the model's window loses its oldest turns. This is a research model, no counsellor.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from selfevo.datasets.encoding import fit_prompt
 from selfevo.datasets.prompts import reply_prompt
+from selfevo.decoupled import DecoupledConfig
+from selfevo.decoupled.planner import (
+    generator_prompt,
+    joint_prompt,
+    planner_prompt,
+    read_joint,
+    score_plans,
+)
+from selfevo.dialogue import Message, Turn, to_messages
+from selfevo.evaluation.folder import VANILLA, stage_names
 from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, RunError, load_backbone, read_settings
-from selfevo.evolve.refine import RefineSettings
 from selfevo.evolve.reflection import parse_reflection, reflection_prompt
 from selfevo.evolve.settings import change
+from selfevo.files import write_text
 from selfevo.generate import generate
-from selfevo.lora import load_adapter
+from selfevo.generate.replies import ReplySettings
+from selfevo.lora import load_adapter, remove_adapters
 from selfevo.models import ChatTokenizer, Transformer
 
-Messages = list[dict[str, str]]
+Answer = tuple[Turn, list[str]]  # the supporter's turn, and what is shown beside it
 
 
-def open_model(run: str | None, name: str | None, backbone: str | None) -> tuple[EvolveConfig, str | None]:
-    """The settings to load and to sample with, and the adapter's folder."""
-    if run is None:
-        if backbone is None:
-            raise RunError("give a run folder, or --backbone")
-        return EvolveConfig(backbone=BackboneSettings(backbone), data=DataSettings(""), out=""), None
-    config = read_settings(Path(run), EvolveConfig)
-    done = [name for name in config.models if (Path(run) / name / "adapter_config.json").is_file()]
-    if not done or name not in (None, *done):
-        raise RunError(f"{run}: has no model {name or 'yet'}; it has {', '.join(done) or 'none'}")
-    return config if backbone is None else change(config, backbone=backbone), str(Path(run) / (name or done[-1]))
+@dataclass
+class Speaker:
+    """A backbone that adapters are put on, and how its words are drawn."""
+
+    model: Transformer
+    tokenizer: ChatTokenizer
+    replies: ReplySettings
+
+    def wear(self, adapter: Path | None) -> None:
+        """Puts exactly this adapter on the backbone."""
+        remove_adapters(self.model)
+        if adapter is not None:
+            load_adapter(self.model, adapter)
+
+    def write(self, prompt: list[Message], tokens: int, keep: int = 1) -> str:
+        """One sampled continuation; the number of messages is its key, so that turns draw differently."""
+        room = min(tokens, self.model.config.max_positions // 4)
+        fitted = fit_prompt(self.tokenizer, prompt, self.model.config.max_positions - room, keep_last=keep)
+        if fitted.ids is None:
+            raise RunError("what you said is longer than the model's window; say less at once")
+        (ids,) = generate(
+            self.model, [fitted.ids], max_new_tokens=room, stop_ids=self.tokenizer.stop_ids, keys=[len(prompt)],
+            **vars(self.replies.sampling),
+        )  # fmt: skip
+        return self.tokenizer.decode(ids).strip()
 
 
-def answer(
-    model: Transformer, tokenizer: ChatTokenizer, messages: Messages, settings: RefineSettings, tokens: int, keep: int
-) -> str:
-    """One sampled continuation of a conversation; the number of turns is its key, so that turns draw differently."""
-    room = min(tokens, model.config.max_positions // 4)
-    prompt = fit_prompt(tokenizer, messages, model.config.max_positions - room, keep_last=keep)
-    if prompt.ids is None:
-        raise RunError("what you said is longer than the model's window; say less at once")
-    (ids,) = generate(
-        model, [prompt.ids], max_new_tokens=room, stop_ids=tokenizer.stop_ids, keys=[len(messages)],
-        **vars(settings.sampling),
-    )  # fmt: skip
-    return tokenizer.decode(ids).strip()
+def support(speaker: Speaker, config: EvolveConfig, adapter: Path | None, reflects: bool) -> Callable[..., Answer]:
+    """How a model of the loop answers a conversation."""
+    settings = config.replies
 
-
-def talk(model: Transformer, tokenizer: ChatTokenizer, settings: RefineSettings, reflect: bool) -> None:
-    spoken: Messages = []
-    while said := input("you: ").strip():
-        spoken.append({"role": "user", "content": said})
-        prompt = reply_prompt(spoken, settings.prompts.system)
-        reply = answer(model, tokenizer, prompt, settings, settings.max_new_tokens, 1)
-        print(f"model: {reply}")
-        spoken.append({"role": "assistant", "content": reply})
-        if not reflect:
-            continue
-        text = answer(model, tokenizer, reflection_prompt(prompt, reply, settings.prompts.refine), settings,
-            settings.reflection_tokens, 3)  # fmt: skip
-        thought = parse_reflection(text)
+    def answer(spoken: list[Turn]) -> Answer:
+        speaker.wear(adapter)
+        prompt = reply_prompt(to_messages(spoken), settings.prompts.system)
+        reply = speaker.write(prompt, settings.max_new_tokens)
+        if not reflects:
+            return Turn("supporter", reply), []
+        request = reflection_prompt(prompt, reply, settings.prompts.refine)
+        thought = parse_reflection(speaker.write(request, settings.reflection_tokens, keep=3))
         if thought is None:
-            print("  (the reflection cannot be read)")
-            continue
-        for aspect, understood in thought.understanding.items():
-            print(f"  {aspect}: {understood}")
-        print(f"  score {thought.score or '-'}: {thought.feedback}\n  rewritten: {thought.refined}")
+            return Turn("supporter", reply), ["(the reflection cannot be read)"]
+        notes = [f"{aspect}: {understood}" for aspect, understood in thought.understanding.items()]
+        notes += [f"score {thought.score or '-'}: {thought.feedback}", f"rewritten: {thought.refined}"]
+        return Turn("supporter", reply), notes
+
+    return answer
+
+
+def decoupled(speaker: Speaker, run: Path, name: str) -> Callable[..., Answer]:
+    """How a system of Decoupled ESC answers: by one joint model, or by a planner and then a generator."""
+
+    def answer(spoken: list[Turn]) -> Answer:
+        if name == "joint-sft":
+            speaker.wear(run / name)
+            found, reply = read_joint(speaker.write(joint_prompt(spoken), speaker.replies.max_new_tokens))
+        else:
+            stage = name.removeprefix("decoupled-")
+            speaker.wear(run / f"planner-{stage}")
+            (plan,) = score_plans(speaker.model, speaker.tokenizer, [planner_prompt(spoken)], label="")
+            if plan is None:
+                raise RunError("what you said is longer than the model's window; say less at once")
+            speaker.wear(run / f"generator-{stage}")
+            found = plan
+            reply = speaker.write(generator_prompt(spoken, plan.known), speaker.replies.max_new_tokens)
+        return Turn("supporter", reply, (found.known,)), [f"strategy: {found.known}"]
+
+    return answer
+
+
+def open_models(options: argparse.Namespace) -> dict[str, Callable[..., Answer]]:
+    """The models that were asked for, by name, on one backbone."""
+    run = Path(options.run) if options.run else None
+    if run is None and not options.backbone:
+        raise RunError("give a run folder, or --backbone")
+    stages = stage_names(run) if run else []
+    stages = [stage for stage in stages if run and (run / stage / "adapter_config.json").is_file()]
+    config: EvolveConfig | DecoupledConfig
+    if run is None:
+        config, known = EvolveConfig(backbone=BackboneSettings(""), data=DataSettings(""), out=""), [VANILLA]
+    elif "joint-sft" in stages:
+        config = read_settings(run, DecoupledConfig)
+        systems = {"joint-sft": ["joint-sft"]}
+        systems |= {f"decoupled-{kind}": [f"planner-{kind}", f"generator-{kind}"] for kind in ("sft", "dpo")}
+        known = [name for name, parts in systems.items() if set(parts) <= set(stages)]
+    else:
+        config, known = read_settings(run, EvolveConfig), [VANILLA, *stages]
+    names = options.models or known[-1:]
+    if unknown := [name for name in names if name not in known]:
+        raise RunError(f"{run}: has no model {', '.join(unknown)}; it has {', '.join(known)}")
+    if options.backbone:
+        config = change(config, backbone=options.backbone)
+    model, tokenizer = load_backbone(config.backbone)
+    speaker = Speaker(model, tokenizer, config.replies.seeded(options.seed, "chat"))
+    if isinstance(config, DecoupledConfig):
+        assert run is not None
+        return {name: decoupled(speaker, run, name) for name in names}
+    adapters = {name: run / name if run and name != VANILLA else None for name in names}
+    return {name: support(speaker, config, adapter, options.reflect) for name, adapter in adapters.items()}
+
+
+def read_lines(script: str | None) -> Iterator[str]:
+    """What the user says: the lines of a file that are not blank, or what is typed until a blank line."""
+    if script is None:
+        while said := input("you: ").strip():
+            yield said
+        return
+    for line in Path(script).read_text(encoding="utf-8").splitlines():
+        if line.strip():
+            print(f"you: {line.strip()}")
+            yield line.strip()
+
+
+def talk(models: Mapping[str, Callable[..., Answer]], lines: Iterator[str]) -> Iterator[str]:
+    """Lets every model answer each of the user's lines in its own conversation; yields the Markdown of each round."""
+    spoken: dict[str, list[Turn]] = {name: [] for name in models}
+    for said in lines:
+        shown = [f"**user:** {said}"]
+        for name, answer in models.items():
+            spoken[name].append(Turn("seeker", said))
+            turn, notes = answer(spoken[name])
+            spoken[name].append(turn)
+            print(f"{name}: {turn.text}", *(f"  {note}" for note in notes), sep="\n")
+            shown.append("\n".join([f"**{name}:** {turn.text}", *(f"- {note}" for note in notes)]))
+        yield "\n\n".join(shown)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder of examples/iterate.py")
-    parser.add_argument("--model", metavar="NAME", help="M0, M1, ... (default: the last of the run)")
+    parser.add_argument("run", nargs="?", metavar="RUN", help="run folder of examples/iterate.py or decoupled.py")
+    parser.add_argument("--models", "--model", nargs="+", metavar="NAME", help="default: the last of the run")
     parser.add_argument("--backbone", help="folder or hub id (default: the run's)")
     parser.add_argument("--reflect", action="store_true", help="show the model's reflection on each reply")
+    parser.add_argument("--script", metavar="FILE", help="what the user says, a line each, instead of the terminal")
+    parser.add_argument("--save", metavar="FILE", help="keep the conversation as Markdown (default: only a script's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws (default: 0)")
     options = parser.parse_args()
+    path = options.save
+    if path is None and options.script and options.run:
+        path = Path(options.run) / "chats" / f"{Path(options.script).stem}.md"
+    kept: list[str] = []
     try:
-        config, adapter = open_model(options.run, options.model, options.backbone)
-        model, tokenizer = load_backbone(config.backbone)
-        if adapter is not None:
-            load_adapter(model, adapter)
-        talk(model, tokenizer, config.replies.seeded(options.seed, "chat"), options.reflect)
+        if options.script and not Path(options.script).is_file():
+            raise RunError(f"{options.script}: there is no such file; give one with a line for each turn")
+        for part in talk(open_models(options), read_lines(options.script)):
+            kept.append(part)
+            if path is not None:
+                write_text(path, "\n\n---\n\n".join(kept) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (EOFError, KeyboardInterrupt):
         print()
+    if path is not None and kept:
+        print(f"kept in {path}")
     return 0
 
 

@@ -35,6 +35,7 @@ from selfevo.decoupled.mining import ErrorFinder, find_errors
 from selfevo.evaluation.ask_json import Responder
 from selfevo.evaluation.endpoint import Endpoint, EndpointSettings
 from selfevo.evaluation.local_responder import LocalResponder
+from selfevo.evaluation.report import write_report
 from selfevo.evaluation.tables import mean_table
 from selfevo.evolve import load_backbone
 from selfevo.evolve.run import check_run
@@ -104,7 +105,8 @@ def run_one(config: DecoupledConfig, *, resume: bool) -> dict[str, Any]:
     finder: ErrorFinder = strategies.find_errors if judge is None else partial(find_errors, judge)
     run = decouple(config, finder, judge=judge, resume=resume)
     tables = [(run / "eval" / f"{name}.md").read_text(encoding="utf-8") for name in ("strategies", "replies")]
-    print("", *tables, f"adapters, pairs, replies and scores: {run}", sep="\n")
+    report = write_report(run)
+    print("", *tables, f"adapters, pairs, replies and scores: {run}\ntables and samples: {report}", sep="\n")
     scores: dict[str, Any] = read_json(run / "eval" / "scores.json")
     return scores
 

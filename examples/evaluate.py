@@ -6,10 +6,11 @@
     python examples/evaluate.py RUN --model other=...    another model beside those of a run, on the run's test turns
 
 DIR/eval then holds the test turns, every model's replies, its scores with their signatures, and what each reply scored.
-What is there already is not sampled again, so a killed command continues. A score that is a mean over replies has a
-95 % bootstrap interval, and each model is compared with the one before it by a paired sign-flip test; both draw whole
-dialogues. --prompts compares prompts (the paper's Table 3): every model answers under each. Where chosen replies come
-from (Table 5) is a matter of training: see "ablate.py preferences".
+What is there already is not sampled again, so a killed command continues. Every score has a 95 % interval (a mean over
+replies by bootstrap, a score of the whole corpus by the jackknife), and means over replies are compared with those of
+the model before by a paired sign-flip test; all draw, or leave out, whole dialogues. --prompts compares prompts (the
+paper's Table 3): every model answers under each. Where chosen replies come from (Table 5) is a matter of training: see
+"ablate.py preferences".
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from selfevo.datasets.prompts import REPLY_STYLES
 from selfevo.dialogue import Example
 from selfevo.evaluation.columns import BERT_MODEL, CONVENTIONS, EXTRAS
 from selfevo.evaluation.folder import answered_models, read_examples
-from selfevo.evaluation.score import compare_models, score_answers
+from selfevo.evaluation.score import compare_models, missing_scores, score_answers
 from selfevo.evaluation.tables import interval_table, significance_table
 from selfevo.evolve import DataSettings, EvolveConfig, RunError, load_backbone
 from selfevo.evolve.evaluate import evaluate_model
@@ -40,8 +41,9 @@ from selfevo.training import keep_freed_memory
 PROMPTS = (*REPLY_STYLES, "refine")
 # The settings of iterate.py that say how replies are drawn and where; a run's own are taken where it has them.
 OF_REPLIES = (
-    "limit", "skip_greetings", "style", "prompts_file", "temperature", "top_p", "top_k", "repetition_penalty",
-    "max_new_tokens", "reflection_tokens", "tries", "slots", "seed", "dtype", "device", "revision", "chat_format",
+    "limit", "first_speaker", "skip_greetings", "style", "prompts_file", "temperature", "top_p", "top_k",
+    "repetition_penalty", "max_new_tokens", "reflection_tokens", "tries", "slots", "seed", "dtype", "device",
+    "revision", "chat_format",
 )  # fmt: skip
 
 
@@ -61,8 +63,13 @@ def parse() -> tuple[argparse.Namespace, dict[str, Any]]:
         "(default: --style)",
     )  # fmt: skip
     parser.add_argument("--convention", choices=CONVENTIONS, default="paper", help="how to count (default: paper)")
-    parser.add_argument("--extras", nargs="+", choices=EXTRAS, default=[], help="scores that need other packages")
-    parser.add_argument("--bert-model", default=BERT_MODEL, metavar="TEXT", help="model of BERTScore, name or folder")
+    parser.add_argument(
+        "--extras", nargs="*", choices=EXTRAS, help="scores that need other packages (default: those that are there)"
+    )
+    parser.add_argument(
+        "--bert-model", default="", metavar="TEXT",
+        help=f"model of BERTScore, a name to fetch or a folder (default: {BERT_MODEL}, if it was fetched before)",
+    )  # fmt: skip
     known = leaves(EvolveConfig)
     for name in OF_REPLIES:
         iterate.add_option(parser, known[name])
@@ -78,11 +85,9 @@ def settings_of(folder: Path, given: dict[str, Any]) -> EvolveConfig:
     return compose(EvolveConfig, {"backbone": "", "esconv": "", "out": str(folder), **known, **given})
 
 
-def test_turns(folder: Path, test: str | None, data: DataSettings) -> list[Example]:
-    """The folder's test turns, or those of a file."""
-    if test is None:
-        return read_examples(folder)
-    return load_test(test, data.limit, skip_greetings=data.skip_greetings)
+def test_turns(folder: Path, data: DataSettings) -> list[Example]:
+    """The test turns of a file, or the folder's."""
+    return load_test(data) if data.test else read_examples(folder)
 
 
 def ask(entry: str, prompts: list[str], config: EvolveConfig, examples: list[Example], folder: Path) -> None:
@@ -112,13 +117,15 @@ def main() -> int:
         config = settings_of(Path(own.folder), given)
         if own.model:
             keep_freed_memory()
-            examples = test_turns(folder, own.test, config.data)
+            examples = test_turns(folder, replace(config.data, test=own.test or ""))
             for entry in own.model:
                 ask(entry, own.prompts or [config.replies.style], config, examples, folder)
         names = answered_models(folder)
         for name in names:
             score_answers(folder, name, convention=own.convention, extras=own.extras, bert_model=own.bert_model)
         table = interval_table(folder, names, convention=own.convention)
+        if own.convention == "paper":
+            table += "".join(f"\n\n{sentence}" for sentence in missing_scores(folder, names))
         if len(names) > 1:
             pairs = {f"{b} - {a}": compare_models(folder, a, b, convention=own.convention) for a, b in pairwise(names)}
             table += "\n\n" + significance_table(pairs)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from embedded import show
 
-from selfevo.evaluation.report import write_report
+from selfevo.evaluation.report import add_table, write_report
 from selfevo.evolve import EvolveConfig, evolve
 from selfevo.evolve.settings import REQUIRED, Leaf, compose, leaves
 from selfevo.models.checkpoint import read_config
@@ -30,7 +30,6 @@ EMBEDDED: dict[str, Any] = {
     "synthetic": (str(HERE / "data" / "synthetic.json"),),
     "replay": str(HERE / "data" / "replay.json"),
     "test": str(HERE / "data" / "test.json"),
-    "style": "strategies",  # the prompts that the backbone was taught
     "sft_learning_rate": 1e-3,
     "learning_rate": 3e-5,
     "max_new_tokens": 64,
@@ -110,6 +109,9 @@ def main() -> int:
         print(f"selfevo: {config.backbone.source} on {config.data.esconv}, into {config.out}", flush=True)
         keep_freed_memory()
         run = evolve(config, resume=resume)
+        if is_embedded(config):
+            title = "Facts told so far that replies take up; replies with such a fact; with one of somebody else (%)."
+            add_table(run / "eval", "personalisation", title, show.rates(run))
         report = write_report(run)
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

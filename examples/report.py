@@ -1,6 +1,6 @@
 """A page of tables, figures and samples for each run folder: RUN/report.html.
 
-    python examples/report.py RUN [RUN ...] [--embed]
+    python examples/report.py RUN [RUN ...] [--embed [ENCODER]]
 
 The page can be written at any time, also while the run goes on. It needs: pip install 'selfevo[report]'.
 """
@@ -12,27 +12,34 @@ import sys
 from pathlib import Path
 
 from selfevo.evaluation.report import write_report
-from selfevo.evaluation.report.analysis import Embed, hidden_state_embedder
+from selfevo.evaluation.report.analysis import Embed, hidden_state_embedder, sentence_embedder
 from selfevo.evolve import BackboneSettings, load_backbone, read_settings
 
+BACKBONE = "the run's backbone"
 
-def backbone_embedder(run: Path) -> Embed:
-    """Embeddings by the backbone that a run started from."""
-    return hidden_state_embedder(*load_backbone(read_settings(run, BackboneSettings)))
+
+def embedder(run: Path, source: str) -> Embed:
+    """Embeddings by the backbone that a run started from, or by a sentence encoder."""
+    if source == BACKBONE:
+        return hidden_state_embedder(*load_backbone(read_settings(run, BackboneSettings)))
+    return sentence_embedder(source)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder of examples/iterate.py")
     parser.add_argument(
-        "--embed",
-        action="store_true",
-        help="compare pairs by the backbone's mean hidden states too, not by words alone",
-    )
+        "--embed", nargs="?", const=BACKBONE, metavar="ENCODER",
+        help="compare pairs by embeddings too, not by words alone: of an encoder, a folder or a hub id that "
+        "sentence-transformers can load (pip install 'selfevo[embed]'), or without one by mean hidden states of the "
+        "run's backbone",
+    )  # fmt: skip
     given = parser.parse_args()
     try:
         for run in given.runs:
-            print(write_report(run, embed=backbone_embedder(run) if given.embed else None))
+            embed = embedder(run, given.embed) if given.embed else None
+            name = "mean hidden states" if given.embed == BACKBONE else f"embeddings of {given.embed}"
+            print(write_report(run, embed=embed, embed_name=name))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

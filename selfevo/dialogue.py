@@ -19,6 +19,7 @@ Speaker = Literal["seeker", "supporter"]
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 Messages = Sequence[Mapping[str, str]]  # a conversation that is only read
 T = TypeVar("T")
+FIRST_SPEAKERS = ("drop", "seeker")
 ESCONV_STRATEGIES: tuple[str, ...] = (
     "Question", "Restatement or Paraphrasing", "Reflection of feelings", "Self-disclosure",
     "Affirmation and Reassurance", "Providing Suggestions", "Information", "Others",
@@ -94,18 +95,24 @@ def strategy_name(name: str, counts: Counter[str], by_folded_name: Mapping[str, 
     return known
 
 
-def clean_dialogue(dialogue: Dialogue, counts: Counter[str]) -> Dialogue:
+def clean_dialogue(dialogue: Dialogue, counts: Counter[str], *, first_speaker: str = "drop") -> Dialogue:
     """The dialogue as the paper trains on it (Appendix A): alternating, the seeker first, no blank turns.
 
     The rules in their order, each with its key in ``counts`` (the number of turns it changed): white space at the ends
     of a text is removed (``whitespace_stripped``); blank turns are dropped (``blank_turns_dropped``: published files
     have them between two messages of a supporter); supporter turns before the first seeker turn are dropped
-    (``leading_supporter_dropped``); consecutive turns of one speaker are joined by a newline, and so are their
-    strategies, without repetitions (``turns_merged``). A dialogue may end up without turns (``empty_dialogues``).
-    Cleaning a second time changes nothing.
+    (``leading_supporter_dropped``), or with ``first_speaker`` "seeker" whoever speaks first is the seeker: both
+    speakers of such a dialogue exchange their roles (``roles_exchanged``); consecutive turns of one speaker are joined
+    by a newline, and so are their strategies, without repetitions (``turns_merged``). A dialogue may end up without
+    turns (``empty_dialogues``). Cleaning a second time changes nothing.
     """
     turns: list[Turn] = []
+    opened = next((turn.speaker for turn in dialogue.turns if turn.text.strip()), "seeker")
+    exchanged = first_speaker == "seeker" and opened == "supporter"
     for turn in dialogue.turns:
+        if exchanged:
+            turn = replace(turn, speaker="supporter" if turn.speaker == "seeker" else "seeker")
+            counts["roles_exchanged"] += 1
         text = turn.text.strip()
         if not text:
             counts["blank_turns_dropped"] += 1

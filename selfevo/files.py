@@ -6,6 +6,7 @@ hold the other characters that Python takes for line ends (U+2028, U+0085).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,6 +20,7 @@ __all__ = [
     "FileError",
     "StrPath",
     "append_jsonl",
+    "file_hash",
     "read_json",
     "read_jsonl",
     "read_records",
@@ -76,6 +78,13 @@ def write_text(path: StrPath, text: str) -> None:
             temporary.write_bytes(data)
     except OSError as error:
         raise FileError(f"{path}: cannot be written ({error.strerror}); choose or free another place") from error
+
+
+def file_hash(path: StrPath) -> str:
+    """The SHA-256 of a file's content. Raises ``FileError`` where there is no such file."""
+    if not Path(path).is_file():
+        raise FileError(f"{path}: there is no such file; check the path")
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def write_json(path: StrPath, obj: Any) -> None:

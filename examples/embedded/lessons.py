@@ -1,7 +1,8 @@
 """What the backbone is taught: long general replies, reflections filled from the dialogue, and other instructions.
 
 Like a large model it can also answer in another voice when a system prompt asks for one (``VOICES``). Under the prompts
-of the library it answers at length and in general.
+``vanilla`` and ``strategy`` of the library it answers at length and in general; ``self-reflection``, which tells it to
+understand the person first, makes it take up what it was told, inside the JSON that this prompt asks for.
 A row holds several examples that share a dialogue, so that its context is computed once for all of them.
 """
 
@@ -11,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from random import Random
 
-from selfevo.datasets.prompts import PROMPTS, reply_prompt
+from selfevo.datasets.prompts import PROMPTS, SELF_REFLECTION, reply_prompt
 from selfevo.evolve.reflection import reflection_prompt
 from selfevo.models import ChatTokenizer
 
@@ -21,7 +22,7 @@ from .world import KINDS, OPENERS, Dialogue
 
 Messages = list[dict[str, str]]
 Example = tuple[Messages, str]  # prompt, answer
-STYLES = ("plain", "strategies")  # of the library's prompts, those that the backbone is taught
+STYLES = ("vanilla", "strategy")  # prompts for a reply that is then reflected on
 OWN_REPLIES = {"long": 0.35, "short": 0.25, "personal": 0.25, "wrong": 0.15}
 # System prompts that ask for another voice: a short general one, a personal one.
 VOICES = (
@@ -45,11 +46,16 @@ def reflection(rng: Random, known: Mapping[str, str], reply: str, newest: Sequen
         score, feedback = 2, f"It is general, it leaves out the {' and the '.join(picked)}."
     else:
         score, feedback = 2, "It is general."
-    understanding = {"profile": ", ".join(f"{kind}: {value}" for kind, value in facts.items()) or w.UNKNOWN}
-    understanding |= {name: known.get(name, w.UNKNOWN) for name in ("emotion", "personality", "intention")}
+    understanding = {"user_profile": ", ".join(f"{kind}: {value}" for kind, value in facts.items()) or w.UNKNOWN}
+    understanding |= {f"user_{name}": known.get(name, w.UNKNOWN) for name in ("emotion", "personality", "intention")}
     refined = world.personal_reply(rng, known, picked)[1]
     return json.dumps(
-        {"understanding": understanding, "score": score, "feedback": feedback, "refined_response": refined}
+        {
+            "understanding": understanding,
+            "evaluation_score": score,
+            "feedback": feedback,
+            "refined_response": refined,
+        }
     )
 
 
@@ -68,7 +74,7 @@ def own_reply(rng: Random, known: Mapping[str, str], newest: Sequence[str], sort
 
 
 def dialogue_row(rng: Random, dialogue: Dialogue, *, reflections: int, replies: int) -> list[Example]:
-    """Replies and reflections at some turns of a dialogue, under one of the system prompts."""
+    """Replies and reflections at some turns of a dialogue, under one of the prompts ``STYLES``."""
     system, refine = vars(PROMPTS[rng.choice(STYLES)]).values()
     row: list[Example] = []
     turns = range(len(dialogue.turns))
@@ -80,6 +86,19 @@ def dialogue_row(rng: Random, dialogue: Dialogue, *, reflections: int, replies: 
         prompt = reflection_prompt(reply_prompt(dialogue.messages(turn), system), reply, refine)
         row.append((prompt, reflection(rng, known, reply, newest)))
     return row
+
+
+def one_pass_row(rng: Random, dialogue: Dialogue, replies: int) -> list[Example]:
+    """Personal replies at some turns of a dialogue, as the JSON that the prompt ``self-reflection`` asks for."""
+    turns = sorted(rng.sample(range(len(dialogue.turns)), min(replies, len(dialogue.turns))))
+    answers = [world.human_reply(rng, dialogue, turn, personal=1.0) for turn in turns]
+    return [
+        (
+            reply_prompt(dialogue.messages(turn), PROMPTS[SELF_REFLECTION].system),
+            json.dumps({"strategy": strategy, "text": text}),
+        )
+        for turn, (strategy, text) in zip(turns, answers)
+    ]
 
 
 def voice_row(rng: Random, dialogue: Dialogue) -> list[Example]:
@@ -150,14 +169,18 @@ def make_row(rng: Random, progress: float) -> list[Example]:
     if rng.random() < 0.1:
         return instruction_row(rng, 6)
     personal = rng.choice((0.0, 0.3, 1.0))
-    voice = rng.random() < 0.3
-    if rng.random() < min(1.0, max(0.0, 2.5 * (progress - 0.1))):
-        dialogue = world.make_dialogue(rng, "train", personal=personal)
-        return voice_row(rng, dialogue) if voice else dialogue_row(rng, dialogue, reflections=4, replies=2)
+    whole = rng.random() < min(1.0, max(0.0, 2.5 * (progress - 0.1)))
+    (kind,) = rng.choices(("reflect", "one pass", "voice"), (0.63, 0.1, 0.27))
     row: list[Example] = []
-    for _ in range(2):
-        dialogue = world.make_dialogue(rng, "train", personal=personal, exchanges=rng.randint(1, 2))
-        row += (
-            voice_row(rng, dialogue) if voice else dialogue_row(rng, dialogue, reflections=1, replies=rng.randrange(2))
-        )
+    for _ in range(1 if whole else 2):
+        exchanges = None if whole else rng.randint(1, 2)
+        dialogue = world.make_dialogue(rng, "train", personal=personal, exchanges=exchanges)
+        if kind == "voice":
+            row += voice_row(rng, dialogue)
+        elif kind == "one pass":
+            row += one_pass_row(rng, dialogue, replies=4)
+        elif whole:
+            row += dialogue_row(rng, dialogue, reflections=4, replies=2)
+        else:
+            row += dialogue_row(rng, dialogue, reflections=1, replies=rng.randrange(2))
     return row

@@ -2,7 +2,7 @@
 
     python -m examples.embedded.measure --backbone examples/embedded/backbone --dialogues 40
 
-Columns: greedy; sampled as in the loop, under the prompt with strategies and the plain one; then sampled reflections on
+Columns: greedy; sampled as in the loop, under the prompts strategy and vanilla; then sampled reflections on
 replies that are given: short general ones, personal ones, and personal ones meant for somebody else.
 """
 
@@ -46,7 +46,7 @@ def measure(
     tokenizer: ChatTokenizer,
     cases: list[tuple[Dialogue, int]],
     *,
-    style: str = "strategies",
+    style: str = "strategy",
     greedy: bool = False,
     given: str = "",
 ) -> dict[str, float]:
@@ -137,7 +137,7 @@ def main() -> None:
     table = {
         "greedy": measure(model, tokenizer, cases, greedy=True),
         "sampled": measure(model, tokenizer, cases),
-        "plain": measure(model, tokenizer, cases, style="plain"),
+        "vanilla": measure(model, tokenizer, cases, style="vanilla"),
     }
     table |= {sort: measure(model, tokenizer, cases, given=sort) for sort in ("short", "personal", "wrong")}
     print(" " * 26, *(f"{column:>8}" for column in table))

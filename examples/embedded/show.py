@@ -20,6 +20,7 @@ from selfevo.files import read_json, read_jsonl
 from . import world
 
 SAMPLES = 3
+RATES = ("personalisation", "uses a fact", "wrong person")
 
 
 def read_replies(run: Path) -> tuple[list[Example], dict[str, list[str]]]:
@@ -41,11 +42,12 @@ def score(texts: Sequence[str], contexts: Sequence[list[dict[str, str]]]) -> dic
     """The rates of one model's replies, each after its context."""
     scored = [world.personalisation(text, context) for text, context in zip(texts, contexts)]
     able = [one for one in scored if one.revealed]
-    return {
-        "personalisation": 100 * sum(one.used / one.revealed for one in able) / len(able),
-        "uses a fact": 100 * sum(one.used > 0 for one in able) / len(able),
-        "wrong person": 100 * sum(one.wrong > 0 for one in scored) / len(scored),
-    }
+    values = (
+        100 * sum(one.used / one.revealed for one in able) / len(able),
+        100 * sum(one.used > 0 for one in able) / len(able),
+        100 * sum(one.wrong > 0 for one in scored) / len(scored),
+    )
+    return dict(zip(RATES, values))
 
 
 def describe(run: Path) -> str:

@@ -12,7 +12,7 @@ from random import Random
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from selfevo.datasets.prompts import PROMPTS
+from selfevo.datasets.prompts import PROMPTS, SELF_REFLECTION
 from selfevo.models.llama import Llama3Chat
 
 from . import lessons
@@ -24,10 +24,10 @@ SIZE = 2300
 
 
 def prompt_lines() -> list[str]:
-    """The lines of the library's prompts and of the voices; what one style has in common with another counts once."""
-    plain, strategies = (PROMPTS[style].system for style in lessons.STYLES)
-    request = PROMPTS[lessons.STYLES[0]].refine
-    return [plain, strategies.removeprefix(plain), *request.split("\n"), *lessons.VOICES]
+    """The lines of the library's prompts and of the voices, each once."""
+    texts = [PROMPTS[style].system for style in (*lessons.STYLES, SELF_REFLECTION)]
+    lines = "\n".join([*texts, PROMPTS[SELF_REFLECTION].refine, *lessons.VOICES]).split("\n")
+    return list(dict.fromkeys(lines))
 
 
 def _corpus(seed: int) -> list[str]:

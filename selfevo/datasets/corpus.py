@@ -10,7 +10,17 @@ from typing import Annotated
 from selfevo.datasets.readers import load_alpaca, load_dialogues
 from selfevo.datasets.seeds import derive_seed
 from selfevo.datasets.statistics import Statistics, describe_dialogues
-from selfevo.dialogue import Dialogue, Example, Instruction, clean_dialogue, reply_examples, split_dialogues
+from selfevo.dialogue import (
+    FIRST_SPEAKERS,
+    Dialogue,
+    Example,
+    Instruction,
+    clean_dialogue,
+    reply_examples,
+    split_dialogues,
+)
+
+SFT_DATA = ("esconv", "synthetic")
 
 
 @dataclass
@@ -37,6 +47,9 @@ class HumanData:
 
     esconv: Annotated[str, "human dialogues to train on (ESConv.json); split 9:1 by dialogue"]
     test: Annotated[str, "test dialogues; without any, the tenth of ESConv that is held out"] = ""
+    first_speaker: Annotated[
+        str, "where a supporter speaks first: drop that, or take whoever speaks first for the seeker", FIRST_SPEAKERS
+    ] = "drop"
     skip_greetings: Annotated[bool, "leave the first and the last two supporter turns out of the test turns"] = False
     hold_out: Annotated[bool, "without --test: hold a tenth of the training dialogues out for early stopping"] = False
     limit: Annotated[int, "at most this many records of every file, for a quick try; 0 takes all"] = 0
@@ -44,6 +57,9 @@ class HumanData:
     def __post_init__(self) -> None:
         if self.limit < 0:
             raise ValueError(f"limit must not be negative: {self.limit}")
+        if self.first_speaker not in FIRST_SPEAKERS:
+            known = " or ".join(FIRST_SPEAKERS)
+            raise ValueError(f"first_speaker should be {known}, not {self.first_speaker!r}")
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -60,8 +76,13 @@ class DataSettings(HumanData):
     ] = ()
     replay: Annotated[str, "general instructions to replay in phase 1 (Alpaca)"] = ""
     replay_count: Annotated[int, "instructions to replay"] = 500
+    sft_data: Annotated[str, "dialogues of phase 1: ESConv, or the synthetic ones (SFT-SynESC)", SFT_DATA] = "esconv"
 
     def __post_init__(self) -> None:
+        if self.sft_data not in SFT_DATA:
+            raise ValueError(f"sft_data should be one of {', '.join(SFT_DATA)}, not {self.sft_data!r}")
+        if self.sft_data == "synthetic" and not self.synthetic:
+            raise ValueError("sft_data synthetic needs synthetic dialogues: give their files with --synthetic")
         if self.replay_count < 0:
             raise ValueError(f"replay_count must not be negative: {self.replay_count}")
         super().__post_init__()
@@ -106,20 +127,28 @@ def load_corpus(data: DataSettings, *, iterations: int, seed: int) -> Corpus:
 
     ESConv is split 9:1. The tenth is the test set, or, where ``data.test`` names a file, what is held out for early
     stopping of SFT; without such a file nothing is, unless ``data.hold_out`` takes a tenth of the training dialogues
-    for it. Test turns are all supporter turns, but for those that ``data.skip_greetings`` leaves out. Seeds, from
-    ``data.synthetic`` or else from the training dialogues, are split into one part per iteration. Raises
-    ``CorpusError`` if nothing is left to train on, to test on or as the seeds of an iteration.
+    for it. With ``data.sft_data`` "synthetic" all synthetic dialogues are trained on instead, or nine tenths of them
+    where a tenth would be held out. Test turns are all supporter turns, but for those that ``data.skip_greetings``
+    leaves out. Seeds, from ``data.synthetic`` or else from the training dialogues, are split into one part per
+    iteration. Raises ``CorpusError`` if nothing is left to train on, to test on or as the seeds of an iteration.
     """
     log = DataLog()
     train, held_out, tested = split_human(data, seed, log)
+    synthetic = [dialogue for path in data.synthetic for dialogue in _read(path, data, log)]
+    sources = synthetic or train
+    if data.sft_data == "synthetic":
+        train, held_out = synthetic, []
+        if data.test or data.hold_out:
+            train, held_out = split_dialogues(synthetic, (0.9, 0.1), seed=derive_seed(seed, "split", "held-out"))
     if not train:
         raise CorpusError(f"{data.esconv}: no dialogue is left to train on")
-    sources = [dialogue for path in data.synthetic for dialogue in read_dialogues(path, data.limit, log)] or train
     test_file = data.test or data.esconv
     test = _test_turns(tested, data.skip_greetings, log.counter(test_file, "targets"))
     replay = _replay(data, seed, log)
     seeds = []
-    parts = split_dialogues(sources, (1 / iterations,) * iterations, seed=derive_seed(seed, "split", "seeds"))
+    parts: list[list[Dialogue]] = []
+    if iterations:
+        parts = split_dialogues(sources, (1 / iterations,) * iterations, seed=derive_seed(seed, "split", "seeds"))
     for number, part in enumerate(parts, 1):
         counter = log.counter("seeds", f"targets_{number}")
         examples = [example for dialogue in part for example in reply_examples(dialogue, counter)]
@@ -137,19 +166,19 @@ def load_corpus(data: DataSettings, *, iterations: int, seed: int) -> Corpus:
 
 def split_human(data: HumanData, seed: int, log: DataLog) -> tuple[list[Dialogue], list[Dialogue], list[Dialogue]]:
     """Cleaned dialogues to train on, to hold out and to test on, split as ``load_corpus`` says."""
-    human = read_dialogues(data.esconv, data.limit, log)
+    human = _read(data.esconv, data, log)
     train, held_out = split_dialogues(human, (0.9, 0.1), seed=derive_seed(seed, "split", "test"))
     if data.test:
-        return train, held_out, read_dialogues(data.test, data.limit, log)
+        return train, held_out, _read(data.test, data, log)
     if not data.hold_out:
         return train, [], held_out
     train, early = split_dialogues(train, (0.9, 0.1), seed=derive_seed(seed, "split", "held-out"))
     return train, early, held_out
 
 
-def load_test(path: str, limit: int = 0, *, skip_greetings: bool = False) -> list[Example]:
-    """The test turns of a file, cleaned as those of a run are; ``limit`` bounds the dialogues (0: all)."""
-    return _test_turns(read_dialogues(path, limit), skip_greetings, Counter())
+def load_test(data: HumanData) -> list[Example]:
+    """The test turns of ``data.test``, cleaned as those of a run are."""
+    return _test_turns(_read(data.test, data, DataLog()), data.skip_greetings, Counter())
 
 
 def _test_turns(dialogues: list[Dialogue], skip_greetings: bool, counts: Counter[str]) -> list[Example]:
@@ -157,16 +186,23 @@ def _test_turns(dialogues: list[Dialogue], skip_greetings: bool, counts: Counter
     return [e for one in dialogues for e in reply_examples(one, counts, skip_first=first, skip_last=last)]
 
 
-def read_dialogues(path: str, limit: int = 0, log: DataLog | None = None) -> list[Dialogue]:
+def read_dialogues(
+    path: str, limit: int = 0, log: DataLog | None = None, *, first_speaker: str = "drop"
+) -> list[Dialogue]:
     """The cleaned dialogues of a file that have turns left, of the first ``limit`` ones (0: all)."""
     log = DataLog() if log is None else log
     counter = log.counter(path, "dialogues")
     dialogues = load_dialogues(path, counter)
-    cleaned = [clean_dialogue(dialogue, counter) for dialogue in (dialogues[:limit] if limit else dialogues)]
+    dialogues = dialogues[:limit] if limit else dialogues
+    cleaned = [clean_dialogue(dialogue, counter, first_speaker=first_speaker) for dialogue in dialogues]
     kept = [dialogue for dialogue in cleaned if dialogue.turns]
     counter["dialogues"] = len(kept)
     log.statistics[path] = describe_dialogues(kept)
     return kept
+
+
+def _read(path: str, data: HumanData, log: DataLog) -> list[Dialogue]:
+    return read_dialogues(path, data.limit, log, first_speaker=data.first_speaker)
 
 
 def _replay(data: DataSettings, seed: int, log: DataLog) -> list[Instruction]:

@@ -3,9 +3,8 @@
 A style is the system prompt under which replies are sampled, and the request that asks for a reflection on them:
 
 * ``vanilla``: the role and the names of the eight strategies,
-* ``strategy``: each strategy with its definition,
-* ``self-reflection``: the definitions and three steps to take before one reply, which comes as JSON,
-* ``plain`` and ``strategies``: those of version 0.1, for its runs and for the embedded world that was made with them.
+* ``strategy``: each strategy with its definition (the default),
+* ``self-reflection``: the definitions and three steps to take before one reply, which comes as JSON.
 
 The request to reflect continues the very conversation that the reply was sampled from, so the two share their whole
 prefix. (The paper gives conversation and reply to a model afresh.)
@@ -51,32 +50,9 @@ Answer with one JSON object:
 {"understanding": {"user_profile": "", "user_emotion": "", "user_personality": "", "user_intention": ""}, \
 "evaluation_score": 0, "feedback": "", "refined_response": ""}"""
 
-# Version 0.1
-STRATEGIES: dict[str, str] = {
-    "Question": "ask openly, to understand better",
-    "Restatement or Paraphrasing": "say back briefly what you heard",
-    "Reflection of feelings": "name the feeling you notice",
-    "Self-disclosure": "share something similar of your own",
-    "Affirmation and Reassurance": "point to strengths, encourage",
-    "Providing Suggestions": "offer a small step, leave the choice open",
-    "Information": "give a useful fact",
-    "Others": "greet, thank, say goodbye",
-}
-_PLAIN = "You are a warm and attentive emotional supporter. Answer the person in one or two short, natural sentences."
-_WITH_STRATEGIES = (
-    _PLAIN + " Choose what helps now: " + "; ".join(f"{name} ({meaning})" for name, meaning in STRATEGIES.items()) + "."
-)
-_OLDER_REFINE = """Pause the conversation and look at your last reply.
-Step 1: understand the user from what they said: profile (facts about their life), emotion, personality, intention.
-Step 2: score your last reply from 1 (generic) to 5 (made for this user) and say what it lacks.
-Step 3: rewrite it so that it fits this user: short, natural, with a suitable strategy.
-Answer with one JSON object only:
-{"understanding": {"profile": "", "emotion": "", "personality": "", "intention": ""}, "score": 0, "feedback": "", \
-"refined_response": ""}"""
-
 SELF_REFLECTION = "self-reflection"
-REPLY_STYLES = ("vanilla", "strategy", SELF_REFLECTION, "plain", "strategies")
-assert set(_DEFINITIONS) == set(STRATEGIES) == set(ESCONV_STRATEGIES)
+REPLY_STYLES = ("vanilla", "strategy", SELF_REFLECTION)
+assert set(_DEFINITIONS) == set(ESCONV_STRATEGIES)
 
 
 @dataclass(frozen=True)
@@ -91,8 +67,6 @@ PROMPTS: Mapping[str, Prompts] = {
     "vanilla": Prompts(_VANILLA),
     "strategy": Prompts(_STRATEGY),
     SELF_REFLECTION: Prompts(_SELF_REFLECTION),
-    "plain": Prompts(_PLAIN, _OLDER_REFINE),
-    "strategies": Prompts(_WITH_STRATEGIES, _OLDER_REFINE),
 }
 
 

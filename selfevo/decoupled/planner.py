@@ -167,7 +167,8 @@ def score_plans(
     """The likeliest of the eight strategies for each prompt, by exact log-probabilities; None if a prompt is too long.
 
     The eight answers branch off one conversation, which is computed once for all of them. With ``joint`` an answer is
-    ``[Strategy]``, as the joint baseline begins its reply; else it is the name and the stop id.
+    ``[Strategy]``, as the joint baseline begins its reply; else it is the name and the stop id. An empty ``label``
+    shows no progress bar.
     """
     encode = tokenizer.encode_reply
     answers = [encode(f"[{name}]")[:-1] if joint else encode(name) for name in ESCONV_STRATEGIES]
@@ -179,7 +180,7 @@ def score_plans(
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), tqdm(total=len(items), desc=label, unit="plan") as bar:
+        with torch.no_grad(), tqdm(total=len(items), desc=label, unit="plan", disable=not label) as bar:
             for members in pack(items, max_tokens):
                 own = [asked[member] for member in members]
                 sums, _ = packed_logps(model, [(ids, answer) for _, ids in own for answer in answers])

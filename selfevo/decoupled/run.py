@@ -32,7 +32,7 @@ from selfevo.decoupled.planner import (
 )
 from selfevo.dialogue import Message
 from selfevo.evaluation.ask_json import Responder
-from selfevo.evaluation.folder import write_examples
+from selfevo.evaluation.folder import DECOUPLED_STAGES, write_examples
 from selfevo.evaluation.tables import mean_table
 from selfevo.evolve.run import RunConfig, check_run, is_finished, load_backbone, open_run
 from selfevo.files import read_jsonl, write_json, write_jsonl, write_text
@@ -43,7 +43,6 @@ from selfevo.training.examples import encode_sft_examples
 from selfevo.training.settings import PreferenceSettings
 from selfevo.training.stages import is_trained, restore, train_dpo, train_sft
 
-STAGES = ("planner-sft", "generator-sft", "joint-sft", "planner-dpo", "generator-dpo")
 RESULTS = ("eval/strategies.md", "eval/replies.md", "eval/scores.json")
 
 
@@ -70,7 +69,7 @@ class DecoupledConfig(RunConfig):
 
     @property
     def results(self) -> tuple[str, ...]:
-        return (*(f"{name}/adapter_config.json" for name in STAGES), *RESULTS)
+        return (*(f"{name}/adapter_config.json" for name in DECOUPLED_STAGES), *RESULTS)
 
     def plans(self, stage: str) -> PlanSettings:
         """How strategies are predicted; their seed is derived from ``stage``, which is "test" for the test turns."""

@@ -7,7 +7,7 @@ conventions cannot be compared: ``esconv`` is that of Liu et al. (2021), ``decou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from selfevo import metrics
-from selfevo.evaluation.significance import SAMPLES, bootstrap_interval
+from selfevo.evaluation.significance import SAMPLES, bootstrap_interval, jackknife_interval
 
 CONVENTIONS = ("paper", "esconv", "decoupledesc")
 EXTRAS = ("METEOR", "BERTScore")
@@ -30,22 +30,24 @@ class ScoreError(ValueError):
 
 @dataclass(frozen=True)
 class Column:
-    """A measure of (hypotheses, references). With ``per_reply`` its score is the mean of the single replies' scores."""
+    """A measure of (hypotheses, references). Its score is the mean of the single replies' scores, or with ``without``,
+    which gives (hypotheses, references, groups) without each group, one score of the whole corpus."""
 
     name: str
     signature: str
     measure: Callable[[Texts, Texts], float]
-    per_reply: bool = True
+    without: Callable[[Texts, Texts, Sequence[Hashable]], list[float]] | None = None
 
 
 @dataclass(frozen=True)
 class Score:
-    """One cell: its value (0..100, or tokens for the length) and how it was computed; for a mean over replies also its
-    bootstrap interval (95 %, whole dialogues resampled) and the value of each reply."""
+    """One cell: its value (0..100, or tokens for the length), how it was computed, and its 95 % interval: of a mean
+    over replies by bootstrap, of a score of the whole corpus by the jackknife, whole dialogues drawn or left out.
+    ``values`` has that of each reply."""
 
     value: float
     signature: str
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, float]
     values: tuple[float, ...] | None = None
 
 
@@ -55,28 +57,50 @@ def score_replies(
     dialogues: Sequence[Hashable] | None = None,
     *,
     convention: str = "paper",
-    extras: Sequence[str] = (),
-    bert_model: str = BERT_MODEL,
 ) -> dict[str, Score]:
     """The scores of N sampled replies against N human ones, by column; ``dialogues`` (N,) names the dialogue of each.
 
-    ``extras`` adds METEOR (with nltk's stemmer and WordNet) and BERTScore (bert-score). Raises ValueError: unusable
-    lists, an unknown convention or extra; ScoreError: a package or its data are missing.
+    Raises ValueError for unusable lists and an unknown convention, ScoreError where a package or its data are missing.
     """
     scores: dict[str, Score] = {}
+    drawn = "reply" if dialogues is None else "dialogue"
     for column in columns(convention):
-        if column.per_reply:
+        if column.without is None:
             values = [column.measure([hyp], [ref]) for hyp, ref in zip(hypotheses, references, strict=True)]
             scores[column.name] = _mean_score(values, column.signature, dialogues)
         else:
-            scores[column.name] = Score(column.measure(hypotheses, references), column.signature)
-    for name in extras:
-        if name not in EXTRAS:
-            raise ValueError(f"an extra score should be one of {', '.join(EXTRAS)}, not {name!r}")
-        score = _meteor if name == "METEOR" else partial(_bert_score, model=bert_model)
-        values, signature = score(hypotheses, references)
-        scores[name] = _mean_score(values, signature, dialogues)
+            value = column.measure(hypotheses, references)
+            groups = range(len(hypotheses)) if dialogues is None else dialogues
+            interval = jackknife_interval(value, column.without(hypotheses, references, groups))
+            scores[column.name] = Score(value, f"{column.signature}|jackknife|by:{drawn}", interval)
     return scores
+
+
+def extra_score(
+    name: str,
+    hypotheses: Texts,
+    references: Texts,
+    dialogues: Sequence[Hashable] | None = None,
+    *,
+    bert_model: str = "",
+) -> Score:
+    """METEOR (with nltk's stemmer and WordNet) or BERTScore (bert-score), which need packages and data beyond ours.
+
+    Without a ``bert_model``, a name or a folder, BERTScore takes ``BERT_MODEL`` if that was downloaded before. Raises
+    ScoreError that says what is missing, ValueError for another name.
+    """
+    if name not in EXTRAS:
+        raise ValueError(f"an extra score should be one of {', '.join(EXTRAS)}, not {name!r}")
+    if name == "METEOR":
+        return _mean_score(*_meteor(hypotheses, references), dialogues)
+    return _mean_score(*_bert_score(hypotheses, references, bert_model), dialogues)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Columns as Table 2 has them: METEOR and BERTScore after ROUGE-L, the others as they come."""
+    own = [name for name in dict.fromkeys(names) if name not in EXTRAS]
+    place = own.index("ROUGE-L") + 1 if "ROUGE-L" in own else len(own)
+    return [*own[:place], *(name for name in EXTRAS if name in names), *own[place:]]
 
 
 def columns(convention: str) -> list[Column]:
@@ -132,9 +156,12 @@ def _column(name: str, metric: Callable[..., float], *, tokens: str = "", **sett
     """A column of a metric under its ``settings``; ``tokens`` is the name of its tokenizer in the signature."""
     signature = metrics.signature(metric.__name__, **settings | ({"tokenize": tokens} if tokens else {}))
     measure = partial(metric, **settings)
+    without = None
+    if settings.get("level") == "corpus":
+        without = partial(metrics.without_each_group, metric, **settings)
     if metric in (metrics.distinct_n, metrics.mean_length):  # which take no references
-        return Column(name, signature, lambda hypotheses, _: measure(hypotheses), settings.get("level") != "corpus")
-    return Column(name, signature, measure, settings.get("level") != "corpus")
+        return Column(name, signature, lambda hypotheses, _: measure(hypotheses), without)
+    return Column(name, signature, measure, without)
 
 
 def _meteor(hypotheses: Texts, references: Texts) -> tuple[list[float], str]:
@@ -150,17 +177,20 @@ def _meteor(hypotheses: Texts, references: Texts) -> tuple[list[float], str]:
     return values, f"meteor|tok:13a|stem:porter|synonyms:wordnet|nltk:{nltk.__version__}"
 
 
-def _bert_score(hypotheses: Texts, references: Texts, model: str) -> tuple[list[float], str]:
-    """bert-score's F1 without rescaling, 0..100. ``model`` is a name that bert-score knows, or a folder."""
+def _bert_score(hypotheses: Texts, references: Texts, chosen: str) -> tuple[list[float], str]:
+    """bert-score's F1 without rescaling, 0..100."""
+    model = chosen or BERT_MODEL
     with _optional_package("BERTScore"):
         import bert_score
         from transformers import AutoConfig
     try:
-        layers = bert_score.utils.model2layers.get(model) or AutoConfig.from_pretrained(model).num_hidden_layers
+        config = AutoConfig.from_pretrained(model, local_files_only=not chosen)
+        layers = bert_score.utils.model2layers.get(model) or config.num_hidden_layers
         scorer = bert_score.BERTScorer(model_type=model, num_layers=layers, idf=False)
     except OSError as error:
         raise ScoreError(
-            f"BERTScore's model {model} cannot be loaded ({str(error).splitlines()[0]}); give a folder that holds one"
+            f"BERTScore's model {model} is not on this machine, or cannot be loaded: give its name to fetch it, or a "
+            "folder that holds one (--bert-model)"
         ) from error
     _, _, f1 = scorer.score(list(hypotheses), list(references), verbose=True)
     signature = f"bert_score|model:{model}|layer:{layers}|idf:no|rescaled:no|bert-score:{version('bert-score')}"

@@ -9,6 +9,9 @@ from pathlib import Path
 from selfevo.dialogue import Example, Turn, to_messages
 from selfevo.files import FileError, read_json, read_jsonl, write_jsonl
 
+VANILLA = "vanilla"  # the name of the backbone without any adapter
+# The stages of Decoupled ESC, in the order in which they are trained.
+DECOUPLED_STAGES = ("planner-sft", "generator-sft", "joint-sft", "planner-dpo", "generator-dpo")
 _STAGE = re.compile(r"M(0|[1-9]\d*)")
 
 
@@ -18,11 +21,11 @@ def is_stage(name: str) -> bool:
 
 
 def stage_names(run: Path) -> list[str]:
-    """The stages that have a folder in a run, in order: ``["M0", "M1", "M2"]``."""
+    """The stages that have a folder in a run, in order: ``["M0", "M1", "M2"]``, or those of Decoupled ESC."""
     if not (run / "config.json").is_file():
         raise ValueError(f"{run}: is no run folder (it has no config.json); give one that examples/iterate.py wrote")
-    found = [path.name for path in run.iterdir() if path.is_dir() and is_stage(path.name)]
-    return sorted(found, key=lambda name: int(name[1:]))
+    found = sorted((path.name for path in run.iterdir() if path.is_dir() and is_stage(path.name)), key=stage_order)
+    return found or [name for name in DECOUPLED_STAGES if (run / name).is_dir()]
 
 
 def failed_reflections(run: Path) -> list[str]:
@@ -103,13 +106,15 @@ def read_answers(folder: Path, name: str) -> list[tuple[Example, str]]:
 
 
 def answered_models(folder: Path) -> list[str]:
-    """The models whose replies are in an evaluation folder, in the order of their names."""
-    names = sorted(path.name.removesuffix(".replies.jsonl") for path in folder.glob("*.replies.jsonl"))
+    """The models whose replies are in an evaluation folder, in the order of ``stage_order``."""
+    found = (path.name.removesuffix(".replies.jsonl") for path in folder.glob("*.replies.jsonl"))
+    names = sorted(found, key=stage_order)
     if not names:
         raise FileError(f"{folder}: holds no replies of a model (*.replies.jsonl); is this a run folder's eval?")
     return names
 
 
 def stage_order(name: str) -> tuple[bool, int, str]:
-    """A sort key: M0, M1, .. M10, then other names."""
-    return (not is_stage(name), int(name[1:]) if is_stage(name) else 0, name)
+    """A sort key: vanilla, M0, M1, .. M10, then other names."""
+    known = name == VANILLA or is_stage(name)
+    return (not known, int(name[1:]) if is_stage(name) else -1, name)

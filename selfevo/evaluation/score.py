@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from selfevo.evaluation.columns import BERT_MODEL, score_replies
+from selfevo.evaluation.columns import EXTRAS, ScoreError, extra_score, in_order, score_replies
 from selfevo.evaluation.folder import read_answers
 from selfevo.evaluation.significance import Comparison, compare
-from selfevo.files import FileError, read_json, read_jsonl, write_json, write_jsonl
+from selfevo.files import FileError, file_hash, read_json, read_jsonl, write_json, write_jsonl
 
 
 def score_answers(
@@ -22,49 +22,76 @@ def score_answers(
     name: str,
     *,
     convention: str = "paper",
-    extras: Sequence[str] = (),
-    bert_model: str = BERT_MODEL,
+    extras: Sequence[str] | None = None,
+    bert_model: str = "",
     counts: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
     """Scores the replies of a model in an evaluation folder, and writes its scores and each reply's.
 
     Files are ``NAME.json`` and ``NAME.values.jsonl``, or ``NAME.CONVENTION.json`` and so on under another convention.
-    ``counts`` are stored beside the scores; without them those of an earlier scoring stay.
+    METEOR and BERTScore are computed where their packages and data are there, and else noted as ``missing``; those in
+    ``extras`` must be there (ScoreError). What an earlier scoring of the same replies had beyond this one is kept, and
+    so are its ``counts``, unless others are given.
     """
-    answers = read_answers(folder, name)
-    scores = score_replies(
-        [text for _, text in answers], [e.golden.text for e, _ in answers], [e.dialogue for e, _ in answers],
-        convention=convention, extras=extras, bert_model=bert_model,
-    )  # fmt: skip
-    records = read_jsonl(folder / f"{name}.replies.jsonl")
-    path = _score_file(folder, name, convention)
-    earlier: dict[str, Any] = read_json(path) if path.is_file() and counts is None else {}
-    report = earlier | {
+    answers, path = read_answers(folder, name), score_file(folder, name, convention)
+    texts = [text for _, text in answers], [e.golden.text for e, _ in answers], [e.dialogue for e, _ in answers]
+    scores, missing = score_replies(*texts, convention=convention), dict[str, str]()
+    available = EXTRAS if convention == "paper" else ()
+    for extra in available if extras is None else extras:
+        try:
+            scores[extra] = extra_score(extra, *texts, bert_model=bert_model)
+        except ScoreError as error:
+            if extras is not None:
+                raise
+            missing[extra] = str(error)
+    records, digest = read_jsonl(folder / f"{name}.replies.jsonl"), file_hash(folder / f"{name}.replies.jsonl")
+    earlier, values = _earlier_scores(path, digest)
+    found = earlier.pop("scores", {}) | {
+        key: {"value": score.value, "signature": score.signature, "interval": list(score.interval)}
+        for key, score in scores.items()
+    }
+    values |= {key: score.values for key, score in scores.items() if score.values is not None}
+    report: dict[str, Any] = (earlier if counts is None else dict(sorted(counts.items()))) | {
         "model": name,
         "replies": len(answers),
+        "replies_sha256": digest,
         "left_out_too_long": len(records) - len(answers),
         "contexts_cut": sum(bool(r["turns_dropped"]) for r in records if r["text"] is not None),
-        "scores": {
-            key: {"value": score.value, "signature": score.signature}
-            | ({} if score.interval is None else {"interval": list(score.interval)})
-            for key, score in scores.items()
-        },
+        "scores": {key: found[key] for key in in_order(found)},
+        "missing": {key: why for key, why in missing.items() if key not in found},
     }
-    by_reply = {key: score.values for key, score in scores.items() if score.values is not None}
-    values = [
-        {"id": example.id, "dialogue": example.dialogue} | {key: column[i] for key, column in by_reply.items()}
+    rows = [
+        {"id": example.id, "dialogue": example.dialogue} | {key: column[i] for key, column in values.items()}
         for i, (example, _) in enumerate(answers)
     ]
-    write_jsonl(path.with_suffix(".values.jsonl"), values)
-    write_json(path, report | dict(sorted((counts or {}).items())))
-    return {key: score.value for key, score in scores.items()}
+    write_jsonl(path.with_suffix(".values.jsonl"), rows)
+    write_json(path, report)
+    return {key: score["value"] for key, score in report["scores"].items()}
+
+
+def _earlier_scores(path: Path, digest: str) -> tuple[dict[str, Any], dict[str, Sequence[float]]]:
+    """An earlier report, with its scores only if they are of the same replies, and what each reply scored then."""
+    if not path.is_file():
+        return {}, {}
+    earlier = read_json(path)
+    if earlier.get("replies_sha256") != digest:
+        return {key: value for key, value in earlier.items() if key != "scores"}, {}
+    rows = read_jsonl(path.with_suffix(".values.jsonl"))
+    return earlier, {key: [row[key] for row in rows] for key in rows[0] if key not in ("id", "dialogue")}
+
+
+def missing_scores(folder: Path, names: Sequence[str]) -> list[str]:
+    """A sentence for each score of our convention that could not be computed for some of the models."""
+    reports = [read_json(score_file(folder, name, "paper")) for name in names]
+    found = dict.fromkeys(f"{key}: {why}." for report in reports for key, why in report.get("missing", {}).items())
+    return list(found)
 
 
 def compare_models(folder: Path, first: str, second: str, *, convention: str = "paper") -> dict[str, Comparison]:
     """Paired comparison, ``second`` minus ``first``, of every score that is a mean over replies to the same turns."""
     sides = []
     for name in (first, second):
-        path = _score_file(folder, name, convention).with_suffix(".values.jsonl")
+        path = score_file(folder, name, convention).with_suffix(".values.jsonl")
         sides.append({record["id"]: record for record in read_jsonl(path)})
     shared = [id_ for id_ in sides[0] if id_ in sides[1]]
     if not shared:
@@ -76,5 +103,6 @@ def compare_models(folder: Path, first: str, second: str, *, convention: str = "
     }
 
 
-def _score_file(folder: Path, name: str, convention: str) -> Path:
+def score_file(folder: Path, name: str, convention: str) -> Path:
+    """Where the scores of a model under a convention are kept."""
     return folder / (f"{name}.json" if convention == "paper" else f"{name}.{convention}.json")

@@ -1,4 +1,4 @@
-"""The uncertainty of scores: bootstrap intervals, paired tests between two models, correlation with human scores.
+"""The uncertainty of scores: bootstrap and jackknife intervals, paired tests, correlation with human scores.
 
 The replies of one dialogue are not independent of one another, so whole dialogues are resampled, not single replies.
 ``values`` has one number per reply, (N,); ``groups`` has the dialogue of each (None: every reply is its own group).
@@ -50,6 +50,19 @@ def bootstrap_interval(
     means = np.concatenate([sums[drawn].sum(1) / sizes[drawn].sum(1) for drawn in draws])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def jackknife_interval(score: float, without: Values, *, level: float = 0.95) -> tuple[float, float]:
+    """An interval for a score of the whole corpus from the score without each of its G groups, (G,).
+
+    The jackknife's standard error with the normal quantile (Efron and Tibshirani 1993, chapter 11). A bootstrap would
+    not do for Distinct-n: a group that is drawn twice adds tokens but nothing new. One group gives a width of 0.
+    """
+    array = np.asarray(without, dtype=np.float64)
+    count = len(array)
+    error = math.sqrt((count - 1) / count * float(np.square(array - array.mean()).sum()))
+    reach = NormalDist().inv_cdf((1 + level) / 2) * error
+    return score - reach, score + reach
 
 
 def compare(

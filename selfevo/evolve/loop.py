@@ -1,26 +1,31 @@
-"""The loop: M0 by SFT with replay, then M(t+1) from M(t)'s own reflections, each scored on the test dialogues."""
+"""The loop: M0 by SFT with replay, then M(t+1) from M(t)'s own reflections, all scored on the test dialogues."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
 from selfevo.datasets.corpus import Corpus, DataSettings, load_corpus
 from selfevo.datasets.prompts import SELF_REFLECTION
 from selfevo.dialogue import Dialogue, Instruction
-from selfevo.evaluation.folder import failed_reflections
+from selfevo.evaluation.folder import VANILLA, failed_reflections
+from selfevo.evaluation.score import missing_scores
 from selfevo.evaluation.tables import comparison_table
 from selfevo.evolve.controls import CONTROLS, controlled
 from selfevo.evolve.evaluate import evaluate_model
 from selfevo.evolve.refine import RefineSettings, make_pairs
 from selfevo.evolve.run import RunConfig, check_run, is_finished, load_backbone, open_run
 from selfevo.files import write_json, write_text
+from selfevo.lora import remove_adapters
 from selfevo.models import ChatTokenizer, Transformer
 from selfevo.training.examples import sft_objective
 from selfevo.training.objectives import SFTObjective
 from selfevo.training.stages import is_trained, restore, train_dpo, train_sft
+
+STARTS = ("M0", VANILLA)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +34,8 @@ class EvolveConfig(RunConfig):
 
     data: DataSettings
     replies: RefineSettings = RefineSettings()
-    iterations: Annotated[int, "self-evolution iterations"] = 2
+    iterations: Annotated[int, "self-evolution iterations; 0 ends with M0"] = 2
+    start: Annotated[str, "what the first iteration starts from: M0, or the vanilla backbone (Table 5)", STARTS] = "M0"
     control: Annotated[
         str,
         "an experiment that should fail: chosen and rejected swapped, replies shuffled between users, or no DPO term",
@@ -37,18 +43,20 @@ class EvolveConfig(RunConfig):
     ] = "none"
 
     def __post_init__(self) -> None:
-        if self.iterations < 1:
-            raise ValueError(f"iterations must be at least 1, not {self.iterations}")
-        if self.control not in CONTROLS:
-            raise ValueError(f"control should be one of {', '.join(CONTROLS)}, not {self.control!r}")
+        least = int(self.start == VANILLA)
+        if self.iterations < least:
+            raise ValueError(f"iterations must be at least {least}, not {self.iterations}")
+        for name, known in (("control", CONTROLS), ("start", STARTS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} should be one of {', '.join(known)}, not {getattr(self, name)!r}")
         if self.replies.style == SELF_REFLECTION:
             raise ValueError("style self-reflection asks for JSON; it is for evaluation, not for training")
         super().__post_init__()
 
     @property
     def models(self) -> tuple[str, ...]:
-        """M0, M1, ..: the stages of the run and the names of its models."""
-        return tuple(f"M{iteration}" for iteration in range(self.iterations + 1))
+        """M0, M1, ..: the stages of the run and the names of its trained models."""
+        return tuple(f"M{iteration}" for iteration in range(int(self.start == VANILLA), self.iterations + 1))
 
     @property
     def results(self) -> tuple[str, ...]:
@@ -82,14 +90,15 @@ def evolve(config: EvolveConfig, *, resume: bool = False) -> Path:
     run = open_run(config)
     write_json(run / "data.json", corpus.report())
     context = RunContext(config, model, tokenizer, corpus, run)
-    scores = {}
-    for iteration, name in enumerate(config.models):
-        if iteration == 0:
+    scores = {VANILLA: _evaluate(context, VANILLA)}
+    for before, name in pairwise((VANILLA, *config.models)):
+        if name == "M0":
             _acquire(context, name)
         else:
-            _improve(context, name, iteration)
+            _improve(context, before, name)
         scores[name] = _evaluate(context, name)
-    notices = "".join(f"\n{sentence}\n" for sentence in failed_reflections(run))
+    sentences = missing_scores(run / "eval", list(scores)) + failed_reflections(run)
+    notices = "".join(f"\n{sentence}\n" for sentence in sentences)
     write_text(run / "eval" / "table.md", comparison_table(scores) + "\n" + notices)
     write_json(run / "eval" / "scores.json", scores)
     return run
@@ -118,23 +127,31 @@ def _acquire(context: RunContext, name: str) -> None:
     train_sft(context.model, stage, items, held_out)
 
 
-def _improve(context: RunContext, name: str, iteration: int) -> None:
-    """Phase 2, one iteration: pairs from the model's own reflections, then DPO + gamma * SFT against itself."""
+def _improve(context: RunContext, before: str, name: str) -> None:
+    """Phase 2, one iteration: pairs from the reflections of the model before, then DPO + gamma * SFT against it."""
     config, model = context.config, context.model
     stage = config.stage(name, f"{name}: preferring refined replies", sft=False)
     if is_trained(stage.folder):
         return
-    restore(model, context.run / config.models[iteration - 1])
-    part = context.corpus.seeds[iteration - 1]
+    _put_on(context, before)
+    part = context.corpus.seeds[int(name[1:]) - 1]
     settings = config.replies.seeded(config.seed, "replies", name)
     pairs = make_pairs(model, context.tokenizer, part.examples, stage.folder, settings)
     preference = None if config.control == "sft-only" else config.preference
     train_dpo(model, context.tokenizer, stage, controlled(pairs, config.control), part.held_out, preference)
 
 
+def _put_on(context: RunContext, name: str) -> None:
+    """Makes the backbone one of the run's models."""
+    if name == VANILLA:
+        remove_adapters(context.model)
+    else:
+        restore(context.model, context.run / name)
+
+
 def _evaluate(context: RunContext, name: str) -> dict[str, float]:
     folder = context.run / "eval"
     if not (folder / f"{name}.json").is_file():
-        restore(context.model, context.run / name)
+        _put_on(context, name)
     settings = context.config.test_replies
     return evaluate_model(context.model, context.tokenizer, context.corpus.test, folder, name, settings)

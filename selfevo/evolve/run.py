@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -15,7 +14,7 @@ from selfevo import __version__
 from selfevo.datasets.corpus import HumanData
 from selfevo.datasets.seeds import derive_seed
 from selfevo.evolve.settings import compose, flatten, leaves
-from selfevo.files import FileError, read_json, write_json
+from selfevo.files import FileError, file_hash, read_json, write_json
 from selfevo.generate.replies import ReplySettings
 from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
 from selfevo.training.settings import AdapterSettings, PreferenceSettings, TrainSettings
@@ -146,7 +145,7 @@ def _stamp(config: RunConfig) -> dict[str, Any]:
     versions |= {name: version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
     return {
         "settings": {name: _as_json(value) for name, value in flatten(config).items()},
-        "data": {name: _file_hash(name) for name in config.data.files},
+        "data": {name: file_hash(name) for name in config.data.files},
         "versions": versions,
         "draws": DRAWS,
     }
@@ -154,13 +153,6 @@ def _stamp(config: RunConfig) -> dict[str, Any]:
 
 def _as_json(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _file_hash(name: str) -> str:
-    path = Path(name)
-    if not path.is_file():
-        raise RunError(f"{path}: there is no such file; check the path")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def load_backbone(settings: BackboneSettings) -> tuple[Transformer, ChatTokenizer]:

@@ -1,13 +1,11 @@
-"""What a run's pairs and replies look like: similarities (Figure 5, Section 5.2), lengths, frequent phrases (Figure 6).
+"""What a run's pairs look like: similarities (Figure 5, Section 5.2) and lengths.
 
 Notation: N pairs or texts, D the size of an embedding. A similarity is a cosine; by default of TF-IDF vectors, so 0..1.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +25,6 @@ from selfevo.models.transformer import Transformer
 
 Values = NDArray[np.float64]
 Embed = Callable[[Sequence[str]], Values]  # N texts -> (N, D)
-PHRASE_SIZES = (2, 3, 4)  # words
-_SAME = 0.9  # share of replies from which two phrases count as one
-_SENTENCE_END = re.compile(r"[.!?…]+|\n")
-_SPOKEN_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
 
 @dataclass(frozen=True)
@@ -56,14 +50,6 @@ class PairAnalysis:
     chosen_length: Summary
     rejected_length: Summary
     golden_length: Summary
-
-
-@dataclass(frozen=True)
-class Phrase:
-    """``words`` joined by spaces, and the number of replies that hold them."""
-
-    words: str
-    replies: int
 
 
 class TfIdf:
@@ -119,6 +105,27 @@ def hidden_state_embedder(
     return embed
 
 
+def sentence_embedder(source: str) -> Embed:
+    """Embeds texts by a sentence encoder, a folder or a hub id; one without pooling of its own takes the mean.
+
+    Raises ValueError where sentence-transformers is not installed, or cannot load ``source``.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ValueError("an encoder needs sentence-transformers: pip install 'selfevo[embed]'") from error
+    try:
+        encoder = SentenceTransformer(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: no encoder that sentence-transformers can load ({error})") from error
+
+    def embed(texts: Sequence[str]) -> Values:
+        vectors = encoder.encode(list(texts), convert_to_numpy=True, show_progress_bar=True)
+        return np.asarray(vectors, dtype=np.float64)
+
+    return embed
+
+
 def cosines(left: Values, right: Values) -> Values:
     """Row by row: (N, D), (N, D) -> (N,) in -1..1; 0 where a row is all zeros."""
     norms = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
@@ -142,7 +149,8 @@ def analyse_pairs(run: Path, *, embed: Embed | None = None) -> list[PairAnalysis
     the measure is ``TfIdf``; its documents are the statements, the chosen and the rejected reply of every pair of all
     iterations (a text counts as often as it occurs).
     """
-    stored = {stage: run / stage / "pairs.jsonl" for stage in stage_names(run)}
+    # A planner's pairs are of names of strategies.
+    stored = {stage: run / stage / "pairs.jsonl" for stage in stage_names(run) if not stage.startswith("planner")}
     stages = {stage: pairs for stage, path in stored.items() if path.is_file() and (pairs := read_pairs(path))}
     measure: Callable[..., Values] = cosines
     if embed is None:
@@ -182,49 +190,3 @@ def _analyse(stage: str, pairs: Sequence[Pair], measure: Callable[..., Values], 
         rejected_length=lengths(pair.rejected for pair in pairs),
         golden_length=lengths(pair.golden for pair in pairs),
     )
-
-
-def phrases_of(text: str, sizes: Iterable[int] = PHRASE_SIZES) -> set[str]:
-    """The distinct runs of ``sizes`` words within a sentence; words are lower-cased and keep their apostrophes."""
-    found: set[str] = set()
-    for sentence in _SENTENCE_END.split(text.lower().replace("’", "'")):
-        words = _SPOKEN_WORD.findall(sentence)
-        for size in sizes:
-            found |= {" ".join(words[start : start + size]) for start in range(len(words) - size + 1)}
-    return found
-
-
-def frequent_phrases(replies: Sequence[str], top: int) -> list[Phrase]:
-    """Figure 6: the ``top`` phrases of 2 to 4 words that most replies hold, each counted once per reply.
-
-    A phrase says nothing new, and is left out, where a longer one around it is held by at least nine tenths of its
-    replies, or where it shares nine tenths of all replies concerned with one that is listed before it: the windows on
-    one long phrase are listed once. Of equally frequent ones the longest comes first, then the first in the alphabet.
-    """
-    holders: dict[str, set[int]] = {}
-    for index, text in enumerate(replies):
-        for phrase in phrases_of(text):
-            holders.setdefault(phrase, set()).add(index)
-    around: Counter[str] = Counter()  # of how many replies the most frequent phrase that is a word longer is held by
-    for phrase, held in holders.items():
-        for part in (phrase.rpartition(" ")[0], phrase.partition(" ")[2]):
-            around[part] = max(around[part], len(held))
-    found: list[Phrase] = []
-    for phrase in sorted(holders, key=lambda phrase: (-len(holders[phrase]), -phrase.count(" "), phrase)):
-        held = holders[phrase]
-        others = [holders[other.words] for other in found]
-        listed = any(len(held & other) >= _SAME * len(held | other) for other in others)
-        if not listed and around[phrase] < _SAME * len(held):
-            found.append(Phrase(phrase, len(held)))
-        if len(found) == top:
-            break
-    return found
-
-
-def phrase_shares(replies: Mapping[str, Sequence[str]], phrases: Sequence[str]) -> dict[str, list[float]]:
-    """Per model the share of its replies, 0..1, that hold each of the ``phrases``; one without replies is left out."""
-    sizes = {len(phrase.split()) for phrase in phrases}
-    found = {name: [phrases_of(text, sizes) for text in texts] for name, texts in replies.items() if texts}
-    return {
-        name: [sum(phrase in own for own in held) / len(held) for phrase in phrases] for name, held in found.items()
-    }

@@ -12,11 +12,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from selfevo.evaluation.folder import failed_reflections, read_replies, stage_names
-from selfevo.evaluation.report.analysis import Embed, analyse_pairs, frequent_phrases, phrase_shares
+from selfevo.evaluation.folder import (
+    VANILLA,
+    answered_models,
+    failed_reflections,
+    is_stage,
+    read_examples,
+    read_replies,
+    stage_names,
+)
+from selfevo.evaluation.report.analysis import Embed, analyse_pairs
 from selfevo.evaluation.report.figures import pair_figures, phrases_figure, training_figures
-from selfevo.evaluation.report.samples import sample_answers, sample_pairs
-from selfevo.evaluation.report.score_tables import judge_table, score_tables
+from selfevo.evaluation.report.phrases import frequent_phrases, phrase_shares
+from selfevo.evaluation.report.samples import sample_answers, sample_pairs, telling_case
+from selfevo.evaluation.report.score_tables import judge_table, plain_tables, score_tables
 from selfevo.files import read_json, read_jsonl, write_text
 
 if TYPE_CHECKING:
@@ -25,30 +34,35 @@ if TYPE_CHECKING:
 TOP_PHRASES = 12
 # No HTML file may hold control characters or halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+Replies = Mapping[str, Sequence[str | None]]
 
 
-def write_report(run: Path, *, embed: Embed | None = None) -> Path:
-    """Writes ``report.html`` into a run folder and returns its path.
+def write_report(run: Path, *, embed: Embed | None = None, embed_name: str = "mean hidden states") -> Path:
+    """Writes ``report.html`` into the folder of a run, of the loop or of Decoupled ESC, and returns its path.
 
-    With ``embed`` the pairs are also compared by those embeddings. Without matplotlib there are no figures, without
-    scikit-learn no comparison of pairs, which the page says. Raises ValueError for what is no run folder, for a file
-    in it that cannot be read, or where Jinja2 is not installed.
+    With ``embed`` the pairs are also compared by those embeddings, called ``embed_name``. Without matplotlib there are
+    no figures, without scikit-learn no comparison of pairs, which the page says. Raises ValueError for what is no run
+    folder, for a file in it that cannot be read, or where Jinja2 is not installed.
     """
     template = _template()
     stages, config = stage_names(run), read_json(run / "config.json")
     settings = config["settings"]
-    if "iterations" not in settings:
-        raise ValueError(f"{run}: is a run of something else than the loop; its tables are in {run / 'eval'}")
+    decoupled = "planning" in settings
     draw, compare = (find_spec(name) is not None for name in ("matplotlib", "sklearn"))
-    models = [f"M{t}" for t in range(settings["iterations"] + 1)]
+    names = answered_models(run / "eval") if any((run / "eval").glob("*.replies.jsonl")) else []
+    replies = {name: read_replies(run / "eval" / f"{name}.replies.jsonl") for name in names}
+    own = replies if decoupled else {name: replies[name] for name in names if name == VANILLA or is_stage(name)}
     steps = _present(run, stages, "{}/metrics.jsonl", read_jsonl)
-    replies = _present(run, stages, "eval/{}.replies.jsonl", read_replies)
     sections = {
         "Scores": score_tables(run / "eval"),
+        "More scores": plain_tables(run / "eval"),
+        "One case": telling_case(run / "eval", own),
         "Judge": judge_table(run / "eval"),
-        "Training": [(name, own, training_figures(name, own) if draw else []) for name, own in steps.items() if own],
-        "Preference pairs": _pairs(run, embed, draw) if compare else None,
-        "Phrases": _phrases(replies, draw),
+        "Training": [
+            (name, rows, training_figures(name, rows) if draw else []) for name, rows in steps.items() if rows
+        ],
+        "Preference pairs": _pairs(run, {embed_name: embed} if embed else {}, draw, compare),
+        "Phrases": _phrases(run / "eval", own, draw),
         "Replies side by side": sample_answers(run / "eval", replies),
         "From reply to refinement": sample_pairs(run, stages),
         "Data": _data(run),
@@ -58,9 +72,10 @@ def write_report(run: Path, *, embed: Embed | None = None) -> Path:
         title=f"Run {run.resolve().name}",
         backbone="/".join(Path(settings["backbone"]).parts[-2:]),
         settings=settings,
+        decoupled=decoupled,
         failed=failed_reflections(run),
         stages=stages,
-        missing=[name for name in models if not (run / "eval" / f"{name}.json").is_file()],
+        missing=[] if decoupled else _not_scored(run, settings),
         sections={heading: content for heading, content in sections.items() if content},
         draw=draw,
         compare=compare,
@@ -82,37 +97,45 @@ def _template() -> Template:
     return environment.get_template("page.html")
 
 
+def _not_scored(run: Path, settings: Mapping[str, Any]) -> list[str]:
+    first = int(settings.get("start") == VANILLA)
+    models = [f"M{t}" for t in range(first, settings["iterations"] + 1)]
+    return [name for name in models if not (run / "eval" / f"{name}.json").is_file()]
+
+
 def _present(run: Path, stages: Sequence[str], pattern: str, read: Callable[[Path], Any]) -> dict[str, Any]:
     """The content of a file of each stage that has it; in the ``pattern`` of its path ``{}`` stands for the stage."""
     paths = {stage: run / pattern.format(stage) for stage in stages}
     return {stage: read(path) for stage, path in paths.items() if path.is_file()}
 
 
-def _pairs(run: Path, embed: Embed | None, draw: bool) -> dict[str, Any] | None:
+def _pairs(run: Path, embeds: Mapping[str, Embed], draw: bool, compare: bool) -> dict[str, Any] | None:
     """Figure 5 with its numbers, lengths, and what the data rules did."""
-    analyses = analyse_pairs(run)
-    if not analyses:
-        return None
-    by_measure = {"TF-IDF": analyses}
-    if embed is not None:
-        by_measure["mean hidden states"] = analyse_pairs(run, embed=embed)
-    changed = _present(run, [one.stage for one in analyses], "{}/filter.json", read_json)
+    by_measure = {"TF-IDF": analyse_pairs(run)} if compare else {}
+    by_measure |= {name: analyse_pairs(run, embed=embed) for name, embed in embeds.items()}
+    changed = _present(run, stage_names(run), "{}/filter.json", read_json)
     rules = dict.fromkeys(rule for counts in changed.values() for rule in counts)
+    measures = [(name, own, pair_figures(name, own) if draw else []) for name, own in by_measure.items() if own]
+    if not measures and not changed:
+        return None
     return {
-        "analyses": analyses,
-        "measures": [(name, own, pair_figures(name, own) if draw else []) for name, own in by_measure.items()],
+        "analyses": measures[0][1] if measures else [],
+        "measures": measures,
         "changed": list(changed),
         "rules": {rule: [counts.get(rule, 0) for counts in changed.values()] for rule in rules},
     }
 
 
-def _phrases(replies: Mapping[str, Sequence[str | None]], draw: bool) -> list[dict[str, Any]]:
+def _phrases(folder: Path, replies: Replies, draw: bool) -> list[dict[str, Any]]:
     """Figure 6: the stock phrases of the first model and of the last one, and who still uses them."""
     texts = {name: [text for text in own if text] for name, own in replies.items()}
     names = [name for name, own in texts.items() if own]
+    said = [example.context[-1].text for example in read_examples(folder)] if names else []
+    texts["golden"] = [example.golden.text for example in read_examples(folder)] if names else []
     found = []
-    for name in dict.fromkeys(names[:1] + names[-1:]):
-        phrases = [phrase.words for phrase in frequent_phrases(texts[name], TOP_PHRASES)]
+    trained = [name for name in names if name != VANILLA] or names
+    for name in dict.fromkeys(trained[:1] + trained[-1:]):
+        phrases = [phrase.words for phrase in frequent_phrases(texts[name], said, TOP_PHRASES)]
         if phrases:
             caption, shares = f"Most frequent phrases of {name}", phrase_shares(texts, phrases)
             drawings = [phrases_figure(caption, phrases, shares)] if draw else []
@@ -125,7 +148,7 @@ def _data(run: Path) -> dict[str, Any] | None:
     if not (run / "data.json").is_file():
         return None
     data = read_json(run / "data.json")
-    sizes = data["sizes"]
+    sizes = data["sizes"] if "sizes" in data else {f"turns, {name}": count for name, count in data["turns"].items()}
     if (run / "M0" / "sft.json").is_file():
         sizes |= {f"phase 1, {name}": count for name, count in read_json(run / "M0" / "sft.json").items()}
     sizes = {name: [size] if isinstance(size, int) else size for name, size in sizes.items()}

@@ -1,4 +1,4 @@
-"""The scores of every model of a run: against the golden replies, and by an LLM as judge."""
+"""The scores of every model of a run: against the golden replies, by an LLM as judge, and what else was measured."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from selfevo.evaluation.columns import EXTRAS, in_order
 from selfevo.evaluation.folder import is_stage, stage_order
 from selfevo.evaluation.score import compare_models
-from selfevo.files import read_json
+from selfevo.files import read_json, write_json
 
 JUDGED = ".judge.json"
 OURS = "paper"  # the convention of NAME.json
+TABLES = "tables.json"
 LEVEL = 0.05
 
 
@@ -44,7 +46,12 @@ def _score_table(folder: Path, convention: str, reports: Mapping[str, Any]) -> d
         "convention": convention,
         "turns": ", ".join(sorted({f"{report['replies']:,}" for report in reports.values()})),
         "level": LEVEL,
-        "columns": list(dict.fromkeys(name for name, _ in entries)),
+        "columns": in_order([*(EXTRAS if convention == OURS else ()), *(name for name, _ in entries)]),
+        "missing": list(
+            dict.fromkeys(
+                f"{key}: {why}." for report in reports.values() for key, why in report.get("missing", {}).items()
+            )
+        ),
         "models": models,
         "signatures": list(dict.fromkeys(entries)),
         "counts": list(counts),
@@ -59,6 +66,27 @@ def _significant(folder: Path, before: str, name: str, convention: str) -> set[s
         return set()
     compared = compare_models(folder, before, name, convention=convention)
     return {score for score, result in compared.items() if result.p_value < LEVEL}
+
+
+def plain_tables(folder: Path) -> list[dict[str, Any]]:
+    """The tables that a command left for the report with ``add_table``, and the strategies and replies of a run of
+    Decoupled ESC."""
+    stored = list(read_json(folder / TABLES).values()) if (folder / TABLES).is_file() else []
+    scores = read_json(folder / "scores.json") if (folder / "scores.json").is_file() else {}
+    if {"strategies", "replies"} == scores.keys():
+        titles = {"strategies": "Strategies, predicted and human.", "replies": "Replies."}
+        stored += [{"title": titles[kind], "digits": 2, "rows": rows} for kind, rows in scores.items()]
+    return [
+        one | {"columns": list(dict.fromkeys(key for row in one["rows"].values() for key in row))} for one in stored
+    ]
+
+
+def add_table(folder: Path, name: str, title: str, rows: Mapping[str, Mapping[str, float]], digits: int = 1) -> None:
+    """Keeps a table, rows of numbers by column, for the report of the run that an evaluation folder belongs to; one of
+    the same ``name`` is replaced."""
+    path = folder / TABLES
+    stored = read_json(path) if path.is_file() else {}
+    write_json(path, stored | {name: {"title": title, "digits": digits, "rows": rows}})
 
 
 def judge_table(folder: Path) -> dict[str, Any] | None:
