@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from selfevo.datasets import load_dialogues
-from selfevo.datasets.prompts import PROMPTS, reply_prompt
+from selfevo.datasets.prompts import prompts_of, reply_prompt
 from selfevo.dialogue import clean_dialogue, reply_examples, to_messages
 from selfevo.models import ChatTokenizer, ModelConfig, Transformer, save_pretrained
 from selfevo.training import PairIds
@@ -51,7 +51,7 @@ def dialogue_pairs(path: str, tokenizer: ChatTokenizer, first: int, count: int) 
         turns = reply_examples(clean_dialogue(dialogue, Counter()), Counter(), skip_first=0, skip_last=0)
         pairs = []
         for turn, other in zip(turns, turns[1:] + turns[:1]):
-            prompt = tokenizer.encode_chat(reply_prompt(to_messages(turn.context), PROMPTS["strategy"].system))
+            prompt = tokenizer.encode_chat(reply_prompt(to_messages(turn.context), prompts_of("strategy").system))
             chosen, rejected = (tokenizer.encode_reply(reply.golden.text) for reply in (turn, other))
             pairs.append(PairIds(prompt, chosen, rejected))
         result.append(pairs)

@@ -31,7 +31,7 @@ from typing import Any
 import iterate
 from embedded import show
 
-from selfevo.datasets.prompts import REPLY_STYLES
+from selfevo.datasets.prompts import PAPER_STYLES
 from selfevo.dialogue import to_messages
 from selfevo.evaluation.folder import VANILLA, read_examples
 from selfevo.evaluation.score import missing_scores
@@ -91,7 +91,7 @@ def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
         remove_adapters(model)
         if stage != VANILLA:
             load_adapter(model, run / stage)
-        for kind in (*REPLY_STYLES, "refine"):
+        for kind in (*PAPER_STYLES, "refine"):
             settings = config.test_replies if kind == "refine" else replace(config.test_replies, style=kind)
             name = f"{stage}-{kind}"
             values = evaluate_model(model, tokenizer, examples, folder, name, settings, refining=kind == "refine")

@@ -18,7 +18,7 @@ ITERATE = Path(__file__).resolve().parents[1] / "examples" / "iterate.py"
 MARKERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 SMALL: dict[str, Any] = {
     "epochs": 1, "max_new_tokens": 12, "reflection_tokens": 16, "tries": 2, "learning_rate": 1e-3,
-    "sft_learning_rate": 1e-3, "style": "plain", "batch_size": 2, "accumulation": 1,
+    "sft_learning_rate": 1e-3, "style": "vanilla", "batch_size": 2, "accumulation": 1,
 }  # fmt: skip
 
 

@@ -33,6 +33,7 @@ from selfevo.metrics import (
     tokenize_13a,
     tokenize_words,
     unigram_f1,
+    without_each_group,
 )
 
 NLTK_SMOOTHING = {None: "method0", "epsilon": "method1", "add-k": "method2", "nist": "method3"}
@@ -328,6 +329,27 @@ def test_doubling_the_corpus_halves_corpus_distinct_and_leaves_utterance_distinc
 @given(texts(), st.integers(1, 3))
 def test_corpus_and_utterance_distinct_agree_on_one_reply(reply, n):
     assert distinct_n([reply], n) == distinct_n([reply], n, level="utterance")
+
+
+@given(corpora(), st.data(), st.integers(1, 4), st.sampled_from((None, "epsilon", "add-k", "nist")))
+def test_scores_without_each_group_are_those_of_the_other_replies(corpus, data, n, smoothing):
+    hypotheses, references = corpus
+    groups = data.draw(st.lists(st.sampled_from("abc"), min_size=len(hypotheses), max_size=len(hypotheses)))
+    calls = [(distinct_n, {"n": n}), (bleu, {"max_n": n, "smoothing": smoothing, "tokenize": str.split})]
+    for metric, how in calls:
+        expected = []
+        for group in dict.fromkeys(groups):
+            rest = [i for i, own in enumerate(groups) if own != group]
+            own = [hypotheses[i] for i in rest], [references[i] for i in rest]
+            taken = own[:1] if metric is distinct_n else own
+            expected.append(metric(*taken, **how) if rest else 0.0)
+        assert without_each_group(metric, hypotheses, references, groups, **how) == [close(e) for e in expected]
+
+
+def test_only_sums_over_groups_are_left_out():
+    for metric, how in ((rouge_l, {}), (bleu, {"level": "sentence"}), (bleu, {"effective_order": True})):
+        with pytest.raises(ValueError, match="only corpus-level bleu and distinct_n"):
+            without_each_group(metric, ["a"], ["a"], ["x"], **how)
 
 
 def test_mean_length_counts_tokens_of_the_given_tokenizer():

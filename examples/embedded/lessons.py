@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from random import Random
 
-from selfevo.datasets.prompts import PROMPTS, SELF_REFLECTION, reply_prompt
+from selfevo.datasets.prompts import SELF_REFLECTION, prompts_of, reply_prompt
 from selfevo.evolve.reflection import reflection_prompt
 from selfevo.models import ChatTokenizer
 
@@ -75,7 +75,7 @@ def own_reply(rng: Random, known: Mapping[str, str], newest: Sequence[str], sort
 
 def dialogue_row(rng: Random, dialogue: Dialogue, *, reflections: int, replies: int) -> list[Example]:
     """Replies and reflections at some turns of a dialogue, under one of the prompts ``STYLES``."""
-    system, refine = vars(PROMPTS[rng.choice(STYLES)]).values()
+    system, refine = vars(prompts_of(rng.choice(STYLES))).values()
     row: list[Example] = []
     turns = range(len(dialogue.turns))
     for turn in sorted(rng.sample(turns, min(replies, len(turns)))):
@@ -94,7 +94,7 @@ def one_pass_row(rng: Random, dialogue: Dialogue, replies: int) -> list[Example]
     answers = [world.human_reply(rng, dialogue, turn, personal=1.0) for turn in turns]
     return [
         (
-            reply_prompt(dialogue.messages(turn), PROMPTS[SELF_REFLECTION].system),
+            reply_prompt(dialogue.messages(turn), prompts_of(SELF_REFLECTION).system),
             json.dumps({"strategy": strategy, "text": text}),
         )
         for turn, (strategy, text) in zip(turns, answers)

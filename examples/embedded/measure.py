@@ -16,7 +16,7 @@ from random import Random
 
 import torch
 
-from selfevo.datasets.prompts import PROMPTS, reply_prompt
+from selfevo.datasets.prompts import prompts_of, reply_prompt
 from selfevo.evolve.refine import LENGTH_RATIO
 from selfevo.evolve.reflection import Reflection, parse_reflection, reflection_prompt
 from selfevo.generate import Sampling, generate
@@ -61,14 +61,14 @@ def measure(
         replies = generate(model, ids, max_new_tokens=limit, stop_ids=stops, progress="measuring", **how)
         return [tokenizer.decode(reply) for reply in replies]
 
-    prompts = [reply_prompt(dialogue.messages(turn), PROMPTS[style].system) for dialogue, turn in cases]
+    prompts = [reply_prompt(dialogue.messages(turn), prompts_of(style).system) for dialogue, turn in cases]
     if given:
         rng = Random(f"{given}-measure")
         replies = [lessons.own_reply(rng, d.known(turn), d.turns[turn].reveals, given) for d, turn in cases]
     else:
         replies = answer(prompts, 64)
     thoughts = answer(
-        [reflection_prompt(prompt, reply, PROMPTS[style].refine) for prompt, reply in zip(prompts, replies)], 200
+        [reflection_prompt(prompt, reply, prompts_of(style).refine) for prompt, reply in zip(prompts, replies)], 200
     )
     counts: Counter[str] = Counter()
     for (dialogue, turn), reply, thought in zip(cases, replies, thoughts):

@@ -12,7 +12,7 @@ from random import Random
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from selfevo.datasets.prompts import PROMPTS, SELF_REFLECTION
+from selfevo.datasets.prompts import SELF_REFLECTION, prompts_of
 from selfevo.models.llama import Llama3Chat
 
 from . import lessons
@@ -25,8 +25,8 @@ SIZE = 2300
 
 def prompt_lines() -> list[str]:
     """The lines of the library's prompts and of the voices, each once."""
-    texts = [PROMPTS[style].system for style in (*lessons.STYLES, SELF_REFLECTION)]
-    lines = "\n".join([*texts, PROMPTS[SELF_REFLECTION].refine, *lessons.VOICES]).split("\n")
+    texts = [prompts_of(style).system for style in (*lessons.STYLES, SELF_REFLECTION)]
+    lines = "\n".join([*texts, prompts_of(SELF_REFLECTION).refine, *lessons.VOICES]).split("\n")
     return list(dict.fromkeys(lines))
 
 

@@ -75,6 +75,35 @@ def test_every_iteration_has_seeds_of_its_own(tmp_path: Path, iterations: int) -
         assert part.held_out <= ids(part.examples)
 
 
+def test_sft_may_learn_from_the_synthetic_dialogues_instead(tmp_path: Path) -> None:
+    first, second, test = tmp_path / "a.json", tmp_path / "b.json", tmp_path / "test.json"
+    first.write_text(json.dumps([dialogue(number) for number in range(100, 110)]))
+    messages = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hello to you."}] * 4
+    second.write_text(json.dumps([{"messages": messages} for _ in range(10)]))  # of another form
+    test.write_text(json.dumps([dialogue(number) for number in range(5)]))
+    options = {"synthetic": (str(first), str(second)), "sft_data": "synthetic", "iterations": 0}
+    made = corpus(tmp_path, **options)
+    assert (len(made.train), len(made.held_out), len(made.seeds)) == (20, 0, 0)
+    assert made.test == corpus(tmp_path).test
+    with_test = corpus(tmp_path, test=str(test), **options)
+    assert (len(with_test.train), len(with_test.held_out)) == (18, 2)
+
+
+def test_who_speaks_first_is_the_seeker_on_request(tmp_path: Path) -> None:
+    path = tmp_path / "opened.json"
+    records = [dialogue(number) for number in range(20)]
+    for record in records[:10]:
+        record["dialog"].insert(0, {"speaker": "supporter", "annotation": {}, "content": "Hello, I listen."})
+    path.write_text(json.dumps(records))
+    dropped, exchanged = (corpus(tmp_path, esconv=str(path), first_speaker=how) for how in ("drop", "seeker"))
+    texts = [{turn.text: turn.speaker for d in made.train for turn in d.turns} for made in (dropped, exchanged)]
+    assert "Hello, I listen." not in texts[0]
+    assert texts[1]["Hello, I listen."] == "seeker"
+    assert all(d.turns[0].speaker == "seeker" for made in (dropped, exchanged) for d in made.train)
+    assert exchanged.log.counts[f"{path}, dialogues"]["roles_exchanged"] == 10 * 13
+    assert "roles_exchanged" not in dropped.log.counts[f"{path}, dialogues"]
+
+
 def test_limit_and_replay_count_bound_what_is_read(tmp_path: Path) -> None:
     replay = tmp_path / "alpaca.json"
     replay.write_text(json.dumps([{"instruction": str(n), "output": "x"} for n in range(30)]))
@@ -119,10 +148,10 @@ def test_a_training_sequence_is_the_generation_prompt_the_reply_and_one_stop_id(
 
 
 def test_the_table_has_values_and_changes() -> None:
-    table = comparison_table({"M0": {"A": 1.0, "B": 2.0}, "M1": {"A": 1.5, "B": 1.0}})
+    table = comparison_table({"M0": {"A": 1.0, "METEOR": 2.0}, "M1": {"A": 1.5, "METEOR": 1.0}})
     assert table.splitlines() == [
-        "| model | A | B |",
-        "|---|---|---|",
-        "| M0 | 1.00 | 2.00 |",
-        "| M1 | 1.50 (+50.00 %) | 1.00 (-50.00 %) |",
+        "| model | A | METEOR | BERTScore |",
+        "|---|---|---|---|",
+        "| M0 | 1.00 | 2.00 | – |",
+        "| M1 | 1.50 (+50.00 %) | 1.00 (-50.00 %) | – |",
     ]

@@ -1,4 +1,4 @@
-"""Pair analysis and phrases: TF-IDF against scikit-learn, invariants, intervals, and reading a run folder."""
+"""Pair analysis: TF-IDF against scikit-learn, invariants, intervals, and reading a run folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.feature_extraction.text import TfidfVectorizer
+from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from selfevo.datasets import Pair
 from selfevo.evaluation import bootstrap_interval
@@ -18,10 +19,8 @@ from selfevo.evaluation.report.analysis import (
     TfIdf,
     analyse_pairs,
     cosines,
-    frequent_phrases,
     hidden_state_embedder,
-    phrase_shares,
-    phrases_of,
+    sentence_embedder,
     summarise,
     user_statements,
 )
@@ -113,32 +112,24 @@ def test_a_summary_has_the_interval_by_dialogue() -> None:
     assert summary.median == pytest.approx(np.median(values))
 
 
-def test_phrases_stay_within_sentences_and_keep_apostrophes() -> None:
-    assert phrases_of("I’m here. Don't go!") == {"i'm here", "don't go"}
-    assert phrases_of("a b c d e", (4,)) == {"a b c d", "b c d e"}
-    assert phrases_of("") == phrases_of("Alone.") == set()
-
-
-def test_a_phrase_counts_once_per_reply() -> None:
-    replies = ["so sad, so sad, so sad", "my dog", "my dog"]
-    assert [(phrase.words, phrase.replies) for phrase in frequent_phrases(replies, 1)] == [("my dog", 2)]
-
-
-def test_a_phrase_that_only_occurs_within_a_longer_one_is_left_out() -> None:
-    replies = ["i hear you well"] * 3 + ["i hear nothing"]
-    found = {phrase.words: phrase.replies for phrase in frequent_phrases(replies, 10)}
-    assert found == {"i hear": 4, "i hear you well": 3, "i hear nothing": 1}
-
-
-def test_overlapping_windows_of_one_long_phrase_are_listed_once() -> None:
-    replies = ["you are going through a lot"] * 4
-    assert [phrase.words for phrase in frequent_phrases(replies, 10)] == ["are going through a"]
-
-
-def test_shares_are_of_each_models_own_replies() -> None:
-    replies = {"M0": ["i hear you", "no"], "M1": ["yes"], "M2": []}
-    assert phrase_shares(replies, ["i hear", "hear you"]) == {"M0": [0.5, 0.5], "M1": [0, 0]}
-    assert phrase_shares({"M0": ["a b"]}, []) == {"M0": []}
+def test_a_sentence_encoder_embeds_by_its_mean_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    """On a small BERT of random weights, against transformers."""
+    words = "[PAD] [UNK] [CLS] [SEP] [MASK] i am so sorry that is hard".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    model = BertModel(BertConfig(vocab_size=len(words), **shape)).eval()
+    model.save_pretrained(tmp_path)
+    tokenizer = BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=64)
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["i am so sorry", "that is hard"]
+    found = sentence_embedder(str(tmp_path))(texts)
+    for text, vector in zip(texts, found):
+        with torch.no_grad():
+            expected = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].mean(0)
+        np.testing.assert_allclose(vector, expected.numpy(), atol=1e-5)
+    with pytest.raises(ValueError, match="nowhere: no encoder that sentence-transformers can load"):
+        sentence_embedder(str(tmp_path / "nowhere"))
 
 
 def pair(index: int, chosen: str, rejected: str) -> Pair:

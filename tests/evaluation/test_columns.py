@@ -20,7 +20,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from selfevo import metrics
 from selfevo.evaluation import score_replies
-from selfevo.evaluation.columns import CONVENTIONS, ScoreError
+from selfevo.evaluation.columns import CONVENTIONS, ScoreError, extra_score, in_order
 from selfevo.evaluation.tables import mean_table
 
 HYPOTHESES = ["I am so sorry. That is hard!", "What happened then?", "Yes."]
@@ -61,16 +61,15 @@ def test_our_scores_are_those_of_the_metrics_with_their_signatures() -> None:
     assert scores["Distinct-2 (corpus)"].value == metrics.distinct_n(HYPOTHESES, 2, level="corpus")
     assert "level:utterance" in scores["Distinct-2"].signature
     assert scores["Distinct-2"].signature.endswith("|bs:2000|by:reply")
-    assert scores["Distinct-2 (corpus)"].signature == metrics.signature("distinct_n", n=2, level="corpus")
-    assert scores["Distinct-2 (corpus)"].interval is None
+    own = metrics.signature("distinct_n", n=2, level="corpus")
+    assert scores["Distinct-2 (corpus)"].signature == f"{own}|jackknife|by:reply"
 
 
 def test_an_interval_surrounds_its_mean_and_is_wider_by_dialogue(real: tuple[list[str], list[str], list[str]]) -> None:
     hypotheses, references, dialogues = real
     for column, score in score_replies(hypotheses, references, dialogues).items():
-        if score.interval is not None and score.values is not None:
-            assert score.interval[0] <= score.value <= score.interval[1], column
-            assert fmean(score.values) == score.value
+        assert score.interval[0] < score.value < score.interval[1], column
+        assert score.values is None or fmean(score.values) == score.value
     one = score_replies(hypotheses, references, ["the same"] * len(hypotheses))["ROUGE-L"]
     assert one.interval == (pytest.approx(one.value), pytest.approx(one.value))
 
@@ -153,11 +152,11 @@ def test_meteor_is_nltks(monkeypatch: pytest.MonkeyPatch) -> None:
             return [Synset()] if word == "hard" else []
 
     monkeypatch.setattr(nltk.corpus, "wordnet", WordNet())
-    scores = score_replies(HYPOTHESES, REFERENCES, extras=("METEOR",))
+    found = extra_score("METEOR", HYPOTHESES, REFERENCES)
     assert "hard" in calls
     pairs = [(metrics.tokenize_13a(r), metrics.tokenize_13a(h)) for h, r in zip(HYPOTHESES, REFERENCES)]
     expected = [100 * single_meteor_score(r, h, wordnet=WordNet()) for r, h in pairs]
-    assert scores["METEOR"].values == pytest.approx(expected)
+    assert found.values == pytest.approx(expected)
 
 
 def test_bert_score_is_that_of_the_package(tmp_path: Path) -> None:
@@ -168,12 +167,12 @@ def test_bert_score_is_that_of_the_package(tmp_path: Path) -> None:
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     BertModel(BertConfig(vocab_size=len(words), **shape)).save_pretrained(tmp_path)
     BertTokenizerFast(str(tmp_path / "vocab.txt"), model_max_length=64).save_pretrained(tmp_path)
-    score = score_replies(HYPOTHESES, REFERENCES, extras=("BERTScore",), bert_model=str(tmp_path))["BERTScore"]
+    score = extra_score("BERTScore", HYPOTHESES, REFERENCES, bert_model=str(tmp_path))
     _, _, f1 = bert_score.score(HYPOTHESES, REFERENCES, model_type=str(tmp_path), num_layers=2)
     assert score.values == pytest.approx([100 * float(value) for value in f1], abs=1e-4)
     assert f"model:{tmp_path}|layer:2|idf:no|rescaled:no" in score.signature
-    with pytest.raises(ScoreError, match="cannot be loaded"):
-        score_replies(HYPOTHESES, REFERENCES, extras=("BERTScore",), bert_model=str(tmp_path / "nowhere"))
+    with pytest.raises(ScoreError, match="nowhere is not on this machine, or cannot be loaded"):
+        extra_score("BERTScore", HYPOTHESES, REFERENCES, bert_model=str(tmp_path / "nowhere"))
 
 
 def test_missing_data_and_packages_are_told_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,22 +181,32 @@ def test_missing_data_and_packages_are_told_in_a_sentence(tmp_path: Path, monkey
     with pytest.raises(ScoreError, match="downloader punkt_tab"):
         score_replies(["other words"], ["than before"], convention="esconv")
     with pytest.raises(ScoreError, match="downloader wordnet"):
-        score_replies(HYPOTHESES, REFERENCES, extras=("METEOR",))
+        extra_score("METEOR", HYPOTHESES, REFERENCES)
     monkeypatch.setitem(sys.modules, "nltk", None)
     monkeypatch.setitem(sys.modules, "bert_score", None)
     with pytest.raises(ScoreError, match=r"selfevo\[scores\]"):
         score_replies(HYPOTHESES, REFERENCES, convention="esconv")
     with pytest.raises(ScoreError, match=r"selfevo\[scores\]"):
-        score_replies(HYPOTHESES, REFERENCES, extras=("BERTScore",))
+        extra_score("BERTScore", HYPOTHESES, REFERENCES)
 
 
-@pytest.mark.parametrize("how", [{"convention": "mine"}, {"extras": ("CIDEr",)}])
-def test_unknown_choices_are_refused(how: dict[str, object]) -> None:
+def test_unknown_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="should be one of"):
-        score_replies(HYPOTHESES, REFERENCES, **how)  # type: ignore[arg-type]
+        score_replies(HYPOTHESES, REFERENCES, convention="mine")
+    with pytest.raises(ValueError, match="should be one of"):
+        extra_score("CIDEr", HYPOTHESES, REFERENCES)
 
 
-def test_a_table_of_means_has_the_range_of_several_runs_and_is_empty_without_a_score() -> None:
+def test_columns_come_as_in_table_2() -> None:
+    assert in_order(["BLEU-2", "ROUGE-L", "Distinct-2", "BERTScore", "METEOR"]) == [
+        "BLEU-2", "ROUGE-L", "METEOR", "BERTScore", "Distinct-2"
+    ]  # fmt: skip
+    assert in_order(["A", "METEOR"]) == ["A", "METEOR"]
+
+
+def test_a_table_of_means_has_the_range_of_several_runs_and_a_dash_without_a_score() -> None:
     rows = {"one": [{"a": 1.0, "b": 2.0}], "two": [{"a": 1.0}, {"a": 2.0}]}
-    lines = ["| model | a | b |", "|---|---|---|", "| one | 1.0 | 2.0 |", "| two | 1.5 (1.0 to 2.0) |  |"]
+    lines = ["| model | a | b |", "|---|---|---|", "| one | 1.0 | 2.0 |", "| two | 1.5 (1.0 to 2.0) | – |"]
     assert mean_table(rows, digits=1) == "\n".join(lines)
+    compared = mean_table(rows, columns=("a",), digits=1, before={"two": "one"})
+    assert compared.splitlines()[-1] == "| two | 1.5 (1.0 to 2.0) (+50.00 %) |"

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from selfevo.dialogue import Example, Turn
 from selfevo.evaluation import compare
 from selfevo.evaluation.folder import read_answers, read_examples, write_examples
-from selfevo.evaluation.score import compare_models, score_answers
+from selfevo.evaluation.score import compare_models, missing_scores, score_answers
 from selfevo.files import FileError, read_json, read_jsonl, write_jsonl
 from selfevo.lora import load_adapter
 from selfevo.models import load_model
@@ -95,6 +95,26 @@ def test_an_unfinished_rollout_is_not_scored(tmp_path: Path) -> None:
         score_answers(folder, "A")
 
 
+def test_what_was_once_computed_stays_as_long_as_the_replies_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = folder_with(tmp_path, A=["one", "two"])
+    score_answers(folder, "A")
+    report = read_json(folder / "A.json")
+    assert "METEOR" not in report["scores"]
+    assert "downloader wordnet" in report["missing"]["METEOR"]
+    assert missing_scores(folder, ["A"])[0] == f"METEOR: {report['missing']['METEOR']}."
+    monkeypatch.setattr("selfevo.evaluation.columns._meteor", lambda hyps, refs: ([10.0, 20.0], "meteor|mine"))
+    score_answers(folder, "A", extras=["METEOR"])
+    monkeypatch.undo()
+    assert score_answers(folder, "A")["METEOR"] == 15.0
+    assert "METEOR" not in read_json(folder / "A.json")["missing"]
+    assert [record["METEOR"] for record in read_jsonl(folder / "A.values.jsonl")] == [10.0, 20.0]
+    folder_with(tmp_path, A=["one", "three"])
+    assert "METEOR" not in score_answers(folder, "A")
+    assert "METEOR" not in read_jsonl(folder / "A.values.jsonl")[0]
+
+
 def test_scoring_again_keeps_what_was_counted_while_answering(tmp_path: Path) -> None:
     folder = folder_with(tmp_path, A=["one", "two"])
     first = score_answers(folder, "A", counts={"refined": 2})
@@ -119,7 +139,7 @@ def test_a_run_is_scored_again_without_its_models(run: Path) -> None:
 def test_any_checkpoint_answers_the_runs_turns_or_a_files(run: Path, world: Path, tmp_path: Path) -> None:  # noqa: F811
     backbone = world / "backbone"
     again = f"again={backbone}@{run / 'M1'}"
-    done = example("evaluate", str(run), "--model", again, "--prompts", "plain")
+    done = example("evaluate", str(run), "--model", again, "--prompts", "vanilla")
     assert done.returncode == 0, done.stderr
     assert records(run / "eval" / "again.replies.jsonl") == records(run / "eval" / "M1.replies.jsonl")
     other = tmp_path / "other"
@@ -169,14 +189,16 @@ def test_a_run_is_judged_and_compared_with_people_and_the_second_time_is_free(ru
     done = example("judge", *arguments)
     assert done.returncode == 0, done.stderr
     asked = len(server.requests)
-    assert 0 < asked <= 3 * 7 * len(examples)
+    assert 0 < asked <= 4 * 7 * len(examples)
     assert {request["top_k"] for request in server.requests} == {50}
     head, _, *rows, correlations = [
         line.strip("| ").split(" | ") for line in done.stdout.split("\n\n")[0].splitlines() if "|" in line
     ]
     names = ["Coherence", "Understanding", "Empathy", "Engagement", "Informativeness", "Helpfulness", "Overall"]
     assert head == ["model", *names, "judged", "failures"]
-    assert [(row[0], row[8:]) for row in rows] == [(f"M{i}", [str(len(examples)), "none"]) for i in range(3)]
+    assert [(row[0], row[8:]) for row in rows] == [
+        (name, [str(len(examples)), "none"]) for name in ("vanilla", "M0", "M1", "M2")
+    ]
     judged = {record["id"]: record for record in read_jsonl(run / "eval" / "M1.judge.jsonl")}
     expected = np.corrcoef([judged[e.id]["scores"]["Empathy"] for e in examples], [s["Empathy"] for s in scores])[0, 1]
     assert correlations[0] == "Pearson r"
@@ -257,14 +279,32 @@ def test_an_exported_model_has_our_logits_in_transformers(run: Path, world: Path
 def test_a_trained_model_answers_in_the_terminal_and_reflects(run: Path) -> None:
     done = example("chat", str(run), "--reflect", said="I am sad.\nNobody calls.\n\n")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("model: ") == 2
+    assert done.stdout.count("M2: ") == 2
     assert done.stdout.count("(the reflection cannot be read)") == 2  # by a model of random weights
     assert example("chat", str(run), "--reflect", said="I am sad.\nNobody calls.\n\n").stdout == done.stdout
     other = example("chat", str(run), "--model", "M0", "--seed", "1", said="I am sad.\nNobody calls.")
-    assert (other.returncode, other.stdout.count("model: ")) == (0, 2)
+    assert (other.returncode, other.stdout.count("M0: ")) == (0, 2)
+
+
+def test_a_script_is_played_to_several_models_side_by_side_and_kept(run: Path, tmp_path: Path) -> None:
+    script = tmp_path / "case.txt"
+    script.write_text("I am sad.\n\nNobody calls.\n", encoding="utf-8")
+    done = example("chat", str(run), "--script", str(script), "--models", "vanilla", "M0", "M2")
+    assert done.returncode == 0, done.stderr
+    kept = (run / "chats" / "case.md").read_text(encoding="utf-8")
+    assert kept.count("**user:** ") == done.stdout.count("you: ") == 2
+    for name in ("vanilla", "M0", "M2"):
+        said = [line.removeprefix(f"{name}: ") for line in done.stdout.splitlines() if line.startswith(f"{name}: ")]
+        assert len(said) == 2
+        assert all(f"**{name}:** {text}" in kept for text in said)
+    alone = example("chat", str(run), "--model", "M2", said="I am sad.\nNobody calls.\n\n")
+    second = [line for line in alone.stdout.splitlines() if "M2: " in line][1]
+    assert second.split("M2: ")[1] in kept  # a conversation of its own, whoever else answers
+    missing = example("chat", str(run), "--script", str(tmp_path / "no.txt"))
+    assert (missing.returncode, "there is no such file" in missing.stderr) == (1, True)
 
 
 def test_a_run_without_that_model_is_told(run: Path) -> None:
     done = example("chat", str(run), "--model", "M7")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "has no model M7; it has M0, M1, M2" in done.stderr
+    assert "has no model M7; it has vanilla, M0, M1, M2" in done.stderr

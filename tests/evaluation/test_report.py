@@ -20,8 +20,8 @@ import pytest
 from selfevo.datasets import Pair
 from selfevo.datasets.prompts import reply_prompt
 from selfevo.dialogue import Example, to_messages
-from selfevo.evaluation.folder import stage_order, write_examples
-from selfevo.evaluation.report import write_report
+from selfevo.evaluation.folder import read_examples, read_replies, stage_order, write_examples
+from selfevo.evaluation.report import add_table, write_report
 from selfevo.evaluation.report.analysis import TfIdf
 from selfevo.evaluation.report.figures import (
     BLUE,
@@ -33,6 +33,7 @@ from selfevo.evaluation.report.figures import (
     phrases_figure,
     training_figures,
 )
+from selfevo.evaluation.report.samples import telling_case
 from selfevo.evaluation.score import score_answers
 from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, read_corpus
 from selfevo.evolve.run import open_run
@@ -163,7 +164,8 @@ def drawings(page: Page) -> list[str]:
 
 
 def headings(page: Page) -> list[str]:
-    names = ["scores", "judge", "training", "preference-pairs", "phrases", "replies-side-by-side"]
+    names = ["scores", "more-scores", "one-case", "judge", "training", "preference-pairs", "phrases"]
+    names += ["replies-side-by-side"]
     names += ["from-reply-to-refinement", "data", "settings"]
     found = [str(attributes["id"]) for attributes in page.tags("h2")]
     assert set(found) <= set(names)
@@ -173,8 +175,8 @@ def headings(page: Page) -> list[str]:
 def test_a_whole_run_gives_every_section_and_every_figure(html: str) -> None:
     found = Page(html)
     assert headings(found) == [
-        "scores", "training", "preference-pairs", "phrases", "replies-side-by-side", "from-reply-to-refinement", "data",
-        "settings",
+        "scores", "one-case", "training", "preference-pairs", "phrases", "replies-side-by-side",
+        "from-reply-to-refinement", "data", "settings",
     ]  # fmt: skip
     assert len(found.tags("img")) == 1 + 4 + 4 + 2 + 2
     assert len(found.tags("figure")) == len(found.tags("figcaption")) == len(found.tags("img"))
@@ -260,7 +262,7 @@ def test_a_cell_has_the_value_its_change_and_its_interval_and_a_star_for_a_prove
     found = read_page(run)
     for before, stage, star in (("", "M0", ""), ("M0", "M1", " *"), ("M1", "M2", "")):
         value, (low, high) = scores[stage]["value"], scores[stage]["interval"]
-        change = f"{value - scores[before]['value']:+.2f}{star}" if before else ""
+        change = f"{100 * (value / scores[before]['value'] - 1):+.2f} %{star}" if before else ""
         assert f"{value:.2f}{change}{low:.2f} to {high:.2f}" in row(found, stage)
     assert scores["M1"]["signature"] in found.content
     (run / "eval" / "M0.values.jsonl").unlink()  # nothing left to test with
@@ -284,7 +286,7 @@ def test_a_judges_scores_are_shown_with_what_went_wrong(run: Path) -> None:
     judged["scores"] = {"Empathy": {"mean": 3.25, "interval": [3, 3.5]}}
     write_json(run / "eval" / "M1.judge.json", judged)
     found = read_page(run)
-    assert headings(found)[:2] == ["scores", "judge"]
+    assert headings(found)[:3] == ["scores", "one-case", "judge"]
     assert "by the judge a <judge>" in found.content
     assert "M13.253.00 to 3.5011no JSON 2" in found.content
 
@@ -304,10 +306,49 @@ def test_an_unfinished_run_is_reported_as_far_as_it_is(run: Path) -> None:
     assert "no stage has begun" in found.content
 
 
-def test_a_run_of_the_second_system_is_told_apart(tmp_path: Path) -> None:
-    write_json(tmp_path / "config.json", {"settings": {"planning": "likeliest"}})
-    with pytest.raises(ValueError, match="is a run of something else than the loop"):
-        write_report(tmp_path)
+@pytest.mark.usefixtures("no_figures")
+def test_a_run_of_decoupled_esc_has_its_page(run: Path) -> None:
+    config = read_json(run / "config.json")
+    del config["settings"]["iterations"], config["settings"]["chosen"], config["settings"]["control"]
+    config["settings"]["planning"] = "likeliest"
+    write_json(run / "config.json", config)
+    for old, new in (("M0", "joint-sft"), ("M1", "planner-dpo"), ("M2", "generator-dpo")):
+        (run / old).rename(run / new)
+    for stage in ("M0", "M1", "M2"):
+        (run / "eval" / f"{stage}.json").unlink()
+    (run / "eval" / "M0.replies.jsonl").rename(run / "eval" / "joint-sft.replies.jsonl")
+    strategies = {"majority": {"accuracy": 27.4}, "planner-dpo": {"accuracy": 62.7, "bias": 1.35}}
+    write_json(run / "eval" / "scores.json", {"strategies": strategies, "replies": {"joint-sft": {"F1": 1.5}}})
+    write_json(run / "data.json", {"turns": {"train": 9}, "statistics": {}, "rules": {}})
+    found = read_page(run)
+    assert "Decoupled ESC: backbone" in found.content
+    assert "majority27.40–\nplanner-dpo62.701.35" in found.content
+    assert headings(found)[0] == "more-scores"
+    assert "turns, train9" in found.content
+    assert not found.wrong
+
+
+def test_tables_of_other_commands_are_shown_and_replaced_by_name(run: Path) -> None:
+    add_table(run / "eval", "abilities", "Abilities.", {"M0": {"gsm8k": 1.0}}, digits=2)
+    add_table(run / "eval", "abilities", "Abilities.", {"M0": {"gsm8k": 71.5}}, digits=2)
+    add_table(run / "eval", "other", "Other.", {"M0": {"a": 5.0}})
+    found = read_page(run).content
+    assert re.search(r"Abilities\.\s*modelgsm8k\s*M071\.50", found)
+    assert re.search(r"Other\.\s*modela\s*M05\.0", found)
+
+
+def test_the_case_shown_is_the_one_whose_replies_have_the_least_in_common(run: Path) -> None:
+    count = len(read_examples(run / "eval"))
+    same = [{"index": i, **vars(Reply("all the same words"))} for i in range(count)]
+    for stage, text in (("M0", "one"), ("M1", "two"), ("M2", "three")):
+        other = {"index": 7, **vars(Reply(text))}
+        write_jsonl(run / "eval" / f"{stage}.replies.jsonl", [*same[:7], other, *same[8:]])
+    replies = {stage: read_replies(run / "eval" / f"{stage}.replies.jsonl") for stage in ("M0", "M1", "M2")}
+    case = telling_case(run / "eval", replies)
+    assert case is not None
+    assert case["heading"].startswith("Test turn 8 of")
+    assert list(case["answers"].values())[:3] == ["one", "two", "three"]
+    assert len(case["turns"]) == len(read_examples(run / "eval")[7].context)  # the whole of it
 
 
 def test_a_stage_that_has_just_begun_is_reported_too(run: Path) -> None:
@@ -413,7 +454,7 @@ def test_text_is_escaped_and_cleared_of_what_html_cannot_hold(run: Path, text: s
     found = read_page(run)
     assert not found.wrong
     shown = re.sub("[\x00\x1b\ud800]", "\ufffd", text)
-    assert found.content.count(f"M2{shown}") == 4
+    assert found.content.count(f"M2{shown}") == 1 + 4
     assert f"Mean scores by the judge {shown}. Under each" in found.content
 
 
@@ -432,7 +473,8 @@ def test_without_scikit_learn_pairs_are_not_compared(
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.feature_extraction.text", None)
     found = read_page(run)
-    assert headings(found) == [heading for heading in headings(Page(html)) if heading != "preference-pairs"]
+    assert headings(found) == headings(Page(html))
+    assert "relevance of chosen" not in found.content
     assert found.content.count("scikit-learn is not installed (pip install 'selfevo[report]')") == 1
     with pytest.raises(ValueError, match=r"pip install 'selfevo\[report\]'"):
         TfIdf(["a text"])
@@ -451,7 +493,8 @@ def test_importing_the_evaluation_loads_none_of_the_extras() -> None:
 
 
 def test_stages_come_by_number_and_before_other_names() -> None:
-    assert sorted(["M10", "other", "M2", "M0", "M1-plain"], key=stage_order) == ["M0", "M2", "M10", "M1-plain", "other"]
+    names = ["M10", "other", "M2", "vanilla", "M0", "M1-x"]
+    assert sorted(names, key=stage_order) == ["vanilla", "M0", "M2", "M10", "M1-x", "other"]
 
 
 def test_the_example_says_where_the_report_is_and_what_is_no_run(run: Path, html: str, tmp_path: Path) -> None:

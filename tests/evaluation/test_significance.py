@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfevo.evaluation import bootstrap_interval, compare, pearson
+from selfevo.evaluation.significance import jackknife_interval
+from selfevo.metrics import distinct_n, without_each_group
 
 finite = st.floats(-100, 100, allow_subnormal=False)
 graded = st.integers(-1600, 1600).map(lambda n: n / 16)  # their sums are exact, so ties are ties
@@ -47,6 +49,34 @@ def test_an_interval_lies_within_the_values_and_repeats(values: list[float], see
     low, high = bootstrap_interval(values, samples=200, seed=seed)
     assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
     assert (low, high) == bootstrap_interval(values, samples=200, seed=seed)
+
+
+def test_the_jackknife_of_a_mean_has_its_usual_standard_error() -> None:
+    values = np.random.default_rng(3).normal(size=40)
+    without = [np.delete(values, i).mean() for i in range(len(values))]
+    low, high = jackknife_interval(values.mean(), without)
+    assert (low + high) / 2 == pytest.approx(values.mean())
+    assert high - low == pytest.approx(2 * 1.959964 * values.std(ddof=1) / math.sqrt(len(values)))
+    assert jackknife_interval(5.0, [3.0]) == (5.0, 5.0)
+
+
+def test_the_jackknife_covers_distinct_n_about_as_often_as_it_says() -> None:
+    """Replies drawn from a known source; the true value is the mean over many corpora of that size."""
+    generator = np.random.default_rng(0)
+    odds = 1 / np.arange(1, 400)
+    groups = [index // 4 for index in range(120)]
+
+    def draw() -> list[str]:
+        return [" ".join(f"w{w}" for w in generator.choice(399, 8, p=odds / odds.sum())) for _ in range(120)]
+
+    truth = np.mean([distinct_n(draw(), 1) for _ in range(200)])
+    inside = 0
+    for _ in range(100):
+        replies = draw()
+        without = without_each_group(distinct_n, replies, replies, groups, n=1)
+        low, high = jackknife_interval(distinct_n(replies, 1), without)
+        inside += low <= truth <= high
+    assert inside >= 85
 
 
 @settings(deadline=None, max_examples=50)

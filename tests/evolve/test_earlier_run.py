@@ -6,20 +6,17 @@ its paths relative: --limit 6 --epochs 1 --rank 1 --iterations 1.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
-from selfevo.evolve import BackboneSettings, EvolveConfig, RunError, evolve, load_backbone, read_settings
+from selfevo.evolve import BackboneSettings, EvolveConfig, RunError, evolve, read_settings
 from selfevo.evolve.settings import change, leaves
-from selfevo.lora import load_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -101,22 +98,10 @@ def test_its_report_is_written(run: Path) -> None:
     assert "1 iterations, seed 0" in html
 
 
-def chat() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chat", ROOT / "examples" / "chat.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_its_models_answer_in_the_terminal(run: Path) -> None:
-    result = example("chat", str(run), "--model", "M0", "--reflect", said="I lost my job.\n\n")
+    result = example("chat", str(run), "--models", "M0", "M1", "--reflect", said="I lost my job.\n\n")
     assert result.returncode == 0, result.stderr[-2000:]
-    (answer,) = [line for line in result.stdout.splitlines() if "model: " in line]
-    assert answer.split("model: ")[1].strip()
-    settings, adapter = chat().open_model(str(run), None, None)
-    assert adapter == str(run / "M1")
-    model, _ = load_backbone(settings.backbone)
-    load_adapter(model, adapter)
-    assert "has no model M2; it has M0, M1" in example("chat", str(run), "--model", "M2").stderr
+    for name in ("M0", "M1"):
+        (answer,) = [line for line in result.stdout.splitlines() if f"{name}: " in line]
+        assert answer.split(f"{name}: ")[1].strip()
+    assert "has no model M2; it has vanilla, M0, M1" in example("chat", str(run), "--model", "M2").stderr

@@ -36,6 +36,7 @@ def test_a_run_leaves_every_file_of_the_layout(finished: Path) -> None:
     expected = {"config.json", "data.json", "eval/examples.jsonl", "eval/table.md", "eval/scores.json", "M0/sft.json"}
     for name in ("M0", "M1", "M2"):
         expected |= {f"{name}/adapter_config.json", f"{name}/adapter_model.safetensors", f"{name}/metrics.jsonl"}
+    for name in ("vanilla", "M0", "M1", "M2"):
         expected |= {f"eval/{name}.json", f"eval/{name}.replies.jsonl", f"eval/{name}.values.jsonl"}
     for name in ("M1", "M2"):
         expected |= {f"{name}/{file}" for file in ("pairs.jsonl", "filter.json", "reference.json", "replies.jsonl")}
@@ -100,11 +101,34 @@ def test_the_table_has_a_row_per_model_and_the_change_per_iteration(finished: Pa
     table = (finished / "eval" / "table.md").read_text()
     scores = json.loads((finished / "eval" / "scores.json").read_text())
     _, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
-    assert [row.split("|")[1].strip() for row in rows] == ["M0", "M1", "M2"] == list(scores)
+    assert [row.split("|")[1].strip() for row in rows] == ["vanilla", "M0", "M1", "M2"] == list(scores)
     for column, value in scores["M2"].items():
         before = scores["M1"][column]
         change = f" ({100 * (value / before - 1):+.2f} %)" if before else ""
         assert f"| {value:.2f}{change} |" in rows[-1]
+
+
+def test_a_run_from_the_vanilla_backbone_has_no_m0(finished: Path, world: Path, tmp_path: Path) -> None:
+    config = configuration(world, tmp_path / "run", start="vanilla", iterations=1, chosen="golden")
+    run = evolve(config)
+    assert not (run / "M0").exists()
+    assert list(json.loads((run / "eval" / "scores.json").read_text())) == ["vanilla", "M1"]
+    replies = [record["text"] for record in records(run / "M1" / "replies.jsonl")]
+    assert replies != [record["text"] for record in records(finished / "M1" / "replies.jsonl")]  # the backbone's own
+    first = records(run / "M1" / "metrics.jsonl")[0]
+    assert first["dpo"] == pytest.approx(math.log(2), abs=1e-5)  # the reference is the backbone
+    tensors = load_file(run / "M1" / "adapter_model.safetensors")
+    assert {t.shape[0] for n, t in tensors.items() if n.endswith("lora_A.weight")} == {8}
+    html = write_report(run).read_text()
+    assert "M1 starts from the vanilla backbone" in html
+    assert "unfinished" not in html
+
+
+def test_without_iterations_a_run_ends_with_m0(world: Path, tmp_path: Path) -> None:
+    run = evolve(configuration(world, tmp_path / "run", iterations=0, replay="", sft_data="synthetic"))
+    assert list(json.loads((run / "eval" / "scores.json").read_text())) == ["vanilla", "M0"]
+    sizes = json.loads((run / "data.json").read_text())["sizes"]
+    assert (sizes["train_dialogues"], sizes["seed_examples"], sizes["replay_instructions"]) == (18, [], 0)
 
 
 def test_table_and_report_say_that_the_reflections_of_a_random_model_failed(finished: Path) -> None:
@@ -172,7 +196,7 @@ def test_the_embedded_default_runs_to_the_tables(tmp_path: Path) -> None:
     result = iterate(["--limit", "8", "--epochs", "1", "--iterations", "1", "--out", str(tmp_path / "run")])
     assert result.returncode == 0, result.stderr[-2000:]
     row = next(line for line in result.stdout.splitlines() if line.startswith("| M1 |"))
-    assert row.count("|") == 12
+    assert row.count("|") == 14
     assert "facts of this user taken up" in result.stdout
     counts = json.loads((tmp_path / "run" / "M1" / "filter.json").read_text())
     assert counts["kept_refined"] > 0  # the backbone does reflect
@@ -263,7 +287,17 @@ def test_bad_input_is_one_sentence_and_leaves_nothing_behind(
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"iterations": 0}, "iterations"), ({"beta": 0.0}, "beta"), ({"top_p": 2.0}, "top_p"), ({"style": "x"}, "style")],
+    [
+        ({"iterations": -1}, "iterations"),
+        ({"iterations": 0, "start": "vanilla"}, "iterations must be at least 1"),
+        ({"start": "M1"}, "start should be one of M0, vanilla"),
+        ({"sft_data": "mine"}, "sft_data should be one of"),
+        ({"sft_data": "synthetic", "synthetic": ()}, "needs synthetic dialogues"),
+        ({"first_speaker": "swap"}, "first_speaker should be drop or seeker"),
+        ({"beta": 0.0}, "beta"),
+        ({"top_p": 2.0}, "top_p"),
+        ({"style": "x"}, "style"),
+    ],
 )
 def test_settings_are_checked_where_they_are_made(world: Path, changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):

@@ -49,6 +49,7 @@ def test_the_reply_prompt_replaces_a_system_message() -> None:
 
 
 def test_the_styles_are_those_of_the_paper_and_of_version_0_1() -> None:
+    assert prompts_of("plain").refine != prompts_of("vanilla").refine == prompts_of("strategy").refine
     vanilla, strategy, reflecting, plain, older = (prompts_of(style).system for style in REPLY_STYLES)
     for text in (vanilla, strategy, reflecting, older):
         assert all(name in text for name in ESCONV_STRATEGIES)

@@ -204,7 +204,7 @@ def test_vocabulary_has_one_token_for_each_fact_and_each_line_of_the_prompts(tok
 def test_backbone_reflects_on_users_it_never_saw() -> None:
     torch.manual_seed(0)
     model, tokenizer = load_model(FOLDER / "backbone"), load_tokenizer(FOLDER / "backbone")
-    rates = measure.measure(model, tokenizer, measure.held_out(8), style="strategies", greedy=False)
+    rates = measure.measure(model, tokenizer, measure.held_out(8), style="strategy", greedy=False)
     assert rates["reflection: usable"] >= 0.9
     assert rates["facts: told and found"] >= 0.8
     assert rates["emotion"] >= 0.8

@@ -51,8 +51,9 @@ def frequent_phrases(replies: Sequence[str], background: Sequence[str], top: int
 
     def weight(phrase: str) -> float:
         held = len(holders[phrase])
-        rarer = (held / len(replies)) / ((elsewhere[phrase] + 0.5) / (len(background) + 0.5))
-        return held * math.log(rarer)
+        if not background:
+            return float(held)
+        return held * math.log((held / len(replies)) / ((elsewhere[phrase] + 0.5) / len(background)))
 
     found: list[Phrase] = []
     weights = {phrase: weight(phrase) for phrase in holders}
