@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from selfevo.evaluation.folder import stage_names
 from selfevo.evaluation.report import write_report
 from selfevo.evaluation.report.analysis import Embed, hidden_state_embedder, sentence_embedder
 from selfevo.evolve import BackboneSettings, load_backbone, read_settings
@@ -37,6 +38,7 @@ def main() -> int:
     given = parser.parse_args()
     try:
         for run in given.runs:
+            stage_names(run)  # raises for what is no run, before anything is loaded
             embed = embedder(run, given.embed) if given.embed else None
             name = "mean hidden states" if given.embed == BACKBONE else f"embeddings of {given.embed}"
             print(write_report(run, embed=embed, embed_name=name))

@@ -96,6 +96,43 @@ def test_the_commands_of_the_pages_are_found() -> None:
     }
 
 
+def paper_rows() -> list[list[str]]:
+    """The cells of every row of docs/paper.md."""
+    lines = (ROOT / "docs" / "paper.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    return [row for row in rows if row[0] != "paper" and not set(row[0]) <= set("-")]
+
+
+def test_the_page_of_the_paper_has_a_row_for_each_of_its_parts_and_none_is_empty() -> None:
+    rows = paper_rows()
+    assert all(cell for row in rows for cell in row)
+    assert not any("not yet" in cell.lower() for row in rows for cell in row)
+    named = " ".join(row[0] for row in rows)
+    numbers: dict[str, set[int]] = {}
+    for kind, first, last in re.findall(r"(Eq|Table|Figure)s?\.? (\d+)(?: (?:to|and) (\d+))?", named):
+        numbers.setdefault(kind, set()).update(range(int(first), int(last or first) + 1))
+    assert numbers == {"Eq": set(range(1, 9)), "Table": set(range(1, 8)), "Figure": set(range(1, 14))}
+    assert set(re.findall(r"\b([A-F])(?:\.\d)?, ", named)) == set("ABCDEF")
+
+
+def paper_commands() -> list[str]:
+    spans = inline(ROOT / "docs" / "paper.md")
+    return sorted({span for span in spans if span.startswith("python examples/") and len(span.split()) > 2})
+
+
+@pytest.mark.parametrize("command", paper_commands())
+def test_the_commands_of_the_page_of_the_paper_parse(command: str, tmp_path: Path) -> None:
+    """Where none of the files exists, each ends with a sentence about a file, not about its flags."""
+    _, script, *arguments = shlex.split(command)
+    if "--backbone" not in arguments and script.endswith(("ablate.py", "iterate.py")):
+        arguments += ["--backbone", "BACKBONE", "--esconv", "ESConv.json"]  # else the embedded default would run
+    result = subprocess.run(
+        [sys.executable, str(ROOT / script), *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 1, result.stderr
+    assert re.fullmatch(r"error: .*\n", result.stderr), result.stderr
+
+
 @pytest.mark.parametrize("name", TREES)
 def test_the_tree_is_that_of_the_package(name: str) -> None:
     (tree,) = (body for body in blocks(ROOT / name, "text") if body.startswith("selfevo/"))

@@ -117,7 +117,8 @@ def sentence_embedder(source: str) -> Embed:
     try:
         encoder = SentenceTransformer(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: no encoder that sentence-transformers can load ({error})") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{source}: no encoder that sentence-transformers can load ({reason})") from error
 
     def embed(texts: Sequence[str]) -> Values:
         vectors = encoder.encode(list(texts), convert_to_numpy=True, show_progress_bar=True)
