@@ -131,7 +131,7 @@ def make_table(what: str, seeds: list[int], base: EvolveConfig) -> str:
     table = mean_table(
         rows, columns=(*rates, *columns), digits=1, before=before if what == "preferences" else {}
     )  # fmt: skip
-    return "\n\n".join([table, *(s for s in sentences if s.partition(":")[0] in columns)])
+    return "\n\n".join([table, *(s for s in sentences if s.startswith(columns))])
 
 
 def main() -> int:

@@ -83,8 +83,7 @@ def _earlier_scores(path: Path, digest: str) -> tuple[dict[str, Any], dict[str, 
 def missing_scores(folder: Path, names: Sequence[str]) -> list[str]:
     """A sentence for each score of our convention that could not be computed for some of the models."""
     reports = [read_json(score_file(folder, name, "paper")) for name in names]
-    found = dict.fromkeys(f"{key}: {why}." for report in reports for key, why in report.get("missing", {}).items())
-    return list(found)
+    return list(dict.fromkeys(f"{why}." for report in reports for why in report.get("missing", {}).values()))
 
 
 def compare_models(folder: Path, first: str, second: str, *, convention: str = "paper") -> dict[str, Comparison]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from selfevo.datasets.pairs import Pair
 from selfevo.datasets.seeds import derive_seed
 from selfevo.files import FileError
-from selfevo.lora import freeze_adapter, inject_lora, load_adapter, remove_adapters
+from selfevo.lora import freeze_adapter, inject_lora, load_adapter, lora_parameters, remove_adapters
 from selfevo.models import ChatTokenizer, Transformer
 from selfevo.training.examples import encode_pairs
 from selfevo.training.loop import train
@@ -68,7 +68,8 @@ def train_dpo(
     held_out: Collection[str],
     preference: PreferenceSettings | None,
 ) -> None:
-    """A DPO stage: the adapter that is on the model becomes the frozen reference, and a fresh one on top is trained.
+    """A DPO stage: the model as it is, with its adapter or without one, is the frozen reference, and a fresh adapter on
+    top is trained.
 
     Pairs of the ``held_out`` dialogues (by id) serve early stopping. Without a ``preference`` only the SFT term on the
     chosen replies is left. Raises FileError where no pair is left.
@@ -77,9 +78,8 @@ def train_dpo(
     kept, ids = encode_pairs(tokenizer, pairs, model.config.max_positions)
     if not ids:
         raise FileError(f"{folder}: no preference pair was left; {folder / 'filter.json'} says what became of them")
-    freeze_adapter(
-        model, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, seed=stage.adapter_seed
-    )  # fmt: skip
+    add_adapter = freeze_adapter if lora_parameters(model) else inject_lora
+    add_adapter(model, rank=adapter.rank, alpha=adapter.alpha, dropout=adapter.dropout, seed=stage.adapter_seed)
     reference = stored_reference(model, ids, folder / "reference.json", stage.training.max_tokens)
     held = [i for i, pair in enumerate(kept) if pair.dialogue in held_out]
     trained = [i for i, pair in enumerate(kept) if pair.dialogue not in held_out]

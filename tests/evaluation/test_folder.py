@@ -103,7 +103,7 @@ def test_what_was_once_computed_stays_as_long_as_the_replies_are_the_same(
     report = read_json(folder / "A.json")
     assert "METEOR" not in report["scores"]
     assert "downloader wordnet" in report["missing"]["METEOR"]
-    assert missing_scores(folder, ["A"])[0] == f"METEOR: {report['missing']['METEOR']}."
+    assert missing_scores(folder, ["A"])[0] == f"{report['missing']['METEOR']}."
     monkeypatch.setattr("selfevo.evaluation.columns._meteor", lambda hyps, refs: ([10.0, 20.0], "meteor|mine"))
     score_answers(folder, "A", extras=["METEOR"])
     monkeypatch.undo()

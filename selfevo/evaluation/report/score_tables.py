@@ -8,7 +8,7 @@ from typing import Any
 
 from selfevo.evaluation.columns import EXTRAS, in_order
 from selfevo.evaluation.folder import is_stage, stage_order
-from selfevo.evaluation.score import compare_models
+from selfevo.evaluation.score import compare_models, missing_scores
 from selfevo.files import read_json, write_json
 
 JUDGED = ".judge.json"
@@ -47,11 +47,7 @@ def _score_table(folder: Path, convention: str, reports: Mapping[str, Any]) -> d
         "turns": ", ".join(sorted({f"{report['replies']:,}" for report in reports.values()})),
         "level": LEVEL,
         "columns": in_order([*(EXTRAS if convention == OURS else ()), *(name for name, _ in entries)]),
-        "missing": list(
-            dict.fromkeys(
-                f"{key}: {why}." for report in reports.values() for key, why in report.get("missing", {}).items()
-            )
-        ),
+        "missing": missing_scores(folder, names) if convention == OURS else [],
         "models": models,
         "signatures": list(dict.fromkeys(entries)),
         "counts": list(counts),
