@@ -14,15 +14,24 @@ class Codec(Protocol):
     """What a chat format needs from a tokenizer."""
 
     def encode(self, text: str) -> list[int]: ...
+
+    def encode_run(self, text: str, *, first: bool) -> list[int]:
+        """Ids of text within a larger one: ``first`` at its beginning, else after a control token."""
+        ...
+
     def special_id(self, token: str) -> int: ...
+    def special_ids(self, *tokens: str) -> tuple[int, ...]:
+        """The ids of those of the control tokens that the vocabulary has."""
+        ...
 
 
 class ChatFormat(Protocol):
     """Turns messages, checked by ``check_messages``, into ids of a codec whose vocabulary has all the ``markers``."""
 
     name: str
-    markers: tuple[str, ...]  # the special tokens that the format writes
-    templates: frozenset[str]  # SHA-256 of the published templates (without outer white space) that it reproduces
+    markers: tuple[str, ...] = ()  # the special tokens that the format cannot do without
+    templates: frozenset[str] = frozenset()  # SHA-256 of the published templates that it reproduces, stripped
+    later_system: bool = False  # whether a system message may stand elsewhere than at the beginning
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]: ...
     def reply(self, codec: Codec, text: str) -> list[int]:
@@ -38,8 +47,9 @@ class ChatError(ValueError):
     """Messages that a chat format cannot express; the error names the message and the reason."""
 
 
-def check_messages(messages: Messages, *, format_name: str) -> None:
-    """Refuses an empty conversation, unknown roles, missing texts and a system message that is not the first."""
+def check_messages(messages: Messages, chat: ChatFormat) -> None:
+    """Refuses an empty conversation, unknown roles, missing texts, and where ``chat`` has no way to write it a system
+    message that is not the first."""
     if not messages:
         raise ChatError("a conversation needs at least one message")
     for index, message in enumerate(messages):
@@ -48,32 +58,34 @@ def check_messages(messages: Messages, *, format_name: str) -> None:
             raise ChatError(f"message {index}: the role {role!r} is not one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ChatError(f"message {index}: its content should be a string, not {type(content).__name__}")
-        if role == "system" and index:
-            raise ChatError(f"message {index}: the {format_name} format takes a system message only at the beginning")
+        if role == "system" and index and not chat.later_system:
+            raise ChatError(f"message {index}: the {chat.name} format takes a system message only at the beginning")
 
 
 class PlainChat(ChatFormat):
     """For base models without a chat template: roles are plain words; the stop token ends each assistant turn."""
 
     name = "plain"
-    markers = ()
-    templates = frozenset()
     labels: Mapping[str, str] = {"system": "", "user": "User: ", "assistant": "Assistant: "}
 
     def __init__(self, bos: int | None, eos: int) -> None:
         self.bos, self.eos = bos, eos
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]:
-        ids = [] if self.bos is None else [self.bos]
+        ids, run = [] if self.bos is None else [self.bos], ""
         for message in messages:
             if message["role"] == "assistant":
-                ids += codec.encode("Assistant:") + self.reply(codec, message["content"])
+                ids += codec.encode_run(f"{run}Assistant:", first=not ids) + self.reply(codec, message["content"])
+                run = ""
             else:
-                ids += codec.encode(self.labels[message["role"]] + message["content"].strip() + "\n")
-        return ids + codec.encode("Assistant:") if add_generation_prompt else ids
+                run += self.labels[message["role"]] + message["content"].strip() + "\n"
+        run += "Assistant:" if add_generation_prompt else ""
+        return ids + codec.encode_run(run, first=not ids) if run else ids
 
     def reply(self, codec: Codec, text: str) -> list[int]:
-        return [*codec.encode(" " + text.strip()), self.eos]
+        known = codec.encode_run("Assistant:", first=True)
+        whole = codec.encode_run(f"Assistant: {text.strip()}".rstrip(), first=True)
+        return [*whole[len(known) :], self.eos]
 
     def stop_ids(self, codec: Codec) -> tuple[int, ...]:
         return (self.eos,)

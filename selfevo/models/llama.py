@@ -37,7 +37,7 @@ class Llama3Chat(ChatFormat):
     """``<|start_header_id|>role<|end_header_id|>``, two newlines, the stripped content, ``<|eot_id|>``; one BOS."""
 
     name = "llama3"
-    markers = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>")
+    markers = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     templates = frozenset({"ba03a121d097859c7b5b9cd03af99aafe95275210d2876f642ad9929a150f122"})
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]:
@@ -54,4 +54,4 @@ class Llama3Chat(ChatFormat):
         return [*codec.encode(text.strip()), codec.special_id("<|eot_id|>")]
 
     def stop_ids(self, codec: Codec) -> tuple[int, ...]:
-        return codec.special_id("<|eot_id|>"), codec.special_id("<|end_of_text|>")
+        return codec.special_ids("<|eot_id|>", "<|end_of_text|>")

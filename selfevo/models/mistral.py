@@ -56,9 +56,7 @@ class MistralChat(ChatFormat):
 
     def reply(self, codec: Codec, text: str) -> list[int]:
         text = text.rstrip(" ")
-        if not text:
-            raise ChatError("the mistral format has no way to write an empty assistant message")
-        return [*codec.encode(text), codec.special_id("</s>")]
+        return [*(codec.encode(text) if text else codec.encode_run(" ", first=False)), codec.special_id("</s>")]
 
     def stop_ids(self, codec: Codec) -> tuple[int, ...]:
         return (codec.special_id("</s>"),)

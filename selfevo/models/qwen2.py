@@ -44,7 +44,7 @@ class Qwen2Chat(ChatFormat):
     """``<|im_start|>role``, a newline, the untouched content, ``<|im_end|>`` and a newline; no BOS."""
 
     name = "qwen2"
-    markers = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+    markers = ("<|im_start|>", "<|im_end|>")
     templates = frozenset({"793202280c0910ab26bc6eb57c8212c2417324c6d8c4efd0d10d59092ab3e3eb"})
     default_system = "You are a helpful assistant."  # as in the published template, if none is given
 
@@ -55,11 +55,14 @@ class Qwen2Chat(ChatFormat):
         newline = codec.encode("\n")
         ids: list[int] = []
         for message in messages:
-            ids += [start, *codec.encode(f"{message['role']}\n{message['content']}"), end, *newline]
+            # A reply is encoded apart from its header, as it is when a model writes it.
+            header, content = f"{message['role']}\n", message["content"]
+            parts = [header, content] if message["role"] == "assistant" else [header + content]
+            ids += [start, *(id_ for part in parts for id_ in codec.encode(part)), end, *newline]
         return [*ids, start, *codec.encode("assistant\n")] if add_generation_prompt else ids
 
     def reply(self, codec: Codec, text: str) -> list[int]:
         return [*codec.encode(text), codec.special_id("<|im_end|>")]
 
     def stop_ids(self, codec: Codec) -> tuple[int, ...]:
-        return codec.special_id("<|im_end|>"), codec.special_id("<|endoftext|>")
+        return codec.special_ids("<|im_end|>", "<|endoftext|>")

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from selfevo.files import FileError
 from selfevo.models import ChatTokenizer, TokenizerError, load_tokenizer
 from selfevo.models.chat import ChatError
 
@@ -62,12 +63,10 @@ def test_conversations_have_the_ids_of_the_native_encoder(shared: Path, name: st
         for part, with_prompt in (("prompt", True), ("full", False)):
             expected = oracle(entry[name][part])
             messages = entry["messages"][: entry[name][part].get("n_messages", len(entry["messages"]) - with_prompt)]
-            if expected is None:
-                with pytest.raises(ChatError, match="empty assistant"):
-                    tokenizer.encode_chat(messages, add_generation_prompt=with_prompt)
-            else:
-                assert tokenizer.encode_chat(messages, add_generation_prompt=with_prompt) == expected, entry["name"]
-                compared += 1
+            if expected is None:  # an empty assistant turn, for which Mistral's own encoder has no way
+                expected = entry[name][part]["template_ids"]
+            assert tokenizer.encode_chat(messages, add_generation_prompt=with_prompt) == expected, entry["name"]
+            compared += 1
     assert compared >= 22
 
 
@@ -127,11 +126,11 @@ def copy_with_template(shared: Path, name: str, folder: Path, template: str) -> 
     return folder
 
 
-def test_another_fine_tunes_template_is_refused_unless_a_format_is_named(shared: Path, tmp_path: Path) -> None:
+def test_a_template_that_cannot_be_used_is_refused_unless_a_format_is_named(shared: Path, tmp_path: Path) -> None:
     folder = copy_with_template(
         shared, "qwen2", tmp_path / "other", "{% for m in messages %}### {{ m.content }}{% endfor %}"
     )
-    with pytest.raises(TokenizerError, match="chat template is none of those implemented"):
+    with pytest.raises(TokenizerError, match=r"does not end with a control token.*--chat-format qwen2, plain"):
         load_tokenizer(folder)
     assert load_tokenizer(folder, chat_format="qwen2").format_name == "qwen2"
     with pytest.raises(TokenizerError, match="'llama3' cannot be written with this vocabulary"):
@@ -141,7 +140,7 @@ def test_another_fine_tunes_template_is_refused_unless_a_format_is_named(shared:
 def test_the_template_is_also_read_from_its_own_file(shared: Path, tmp_path: Path) -> None:
     template = json.loads((shared / "tokenizers" / "qwen2" / "tokenizer_config.json").read_text())["chat_template"]
     folder = copy_with_template(shared, "qwen2", tmp_path / "split", "something else")
-    with pytest.raises(TokenizerError):
+    with pytest.raises(TokenizerError, match="leaves out or alters the content of message 0"):
         load_tokenizer(folder)
     (folder / "chat_template.jinja").write_text(template)
     assert load_tokenizer(folder).format_name == "qwen2"
@@ -166,7 +165,13 @@ def test_broken_tokenizer_folders_are_one_sentence(shared: Path, tmp_path: Path)
     with pytest.raises(TokenizerError, match=r"neither tokenizer\.json nor tokenizer\.model"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{broken")
+    with pytest.raises(FileError, match=r"tokenizer\.json: is not valid JSON"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: not a tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json: should hold a JSON object"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
