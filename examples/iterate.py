@@ -18,8 +18,8 @@ from embedded import show
 from selfevo.evaluation.report import add_table, write_report
 from selfevo.evolve import EvolveConfig, evolve
 from selfevo.evolve.settings import REQUIRED, Leaf, compose, leaves
+from selfevo.files import locate
 from selfevo.models.checkpoint import read_config
-from selfevo.models.hub import locate
 from selfevo.training import describe_memory, estimate_memory, keep_freed_memory
 
 HERE = Path(__file__).resolve().parent / "embedded"

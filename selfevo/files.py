@@ -11,7 +11,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ __all__ = [
     "StrPath",
     "append_jsonl",
     "file_hash",
+    "locate",
     "read_json",
     "read_jsonl",
     "read_records",
@@ -31,6 +32,7 @@ __all__ = [
     "write_text",
 ]
 StrPath = str | os.PathLike[str]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -78,6 +80,25 @@ def write_text(path: StrPath, text: str) -> None:
             temporary.write_bytes(data)
     except OSError as error:
         raise FileError(f"{path}: cannot be written ({error.strerror}); choose or free another place") from error
+
+
+def locate(source: StrPath, *, patterns: Sequence[str], revision: str | None = None) -> Path:
+    """The folder of a checkpoint or adapter; for a hub id, the files that match ``patterns`` are downloaded unless in
+    the cache. Raises ``FileError``, in the hub's own words where it refuses."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileError(f"{folder}: should be a folder (with its config in it), this is a file")
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
+        raise FileError(f"{source}: no such folder, and not a hub id of the form owner/name")
+    from huggingface_hub import snapshot_download  # slow to import, and not needed for folders
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:  # gated and missing repositories are explained there
+        raise FileError(f"{source}: no such folder here, and the hub says: {error}") from error
 
 
 def file_hash(path: StrPath) -> str:

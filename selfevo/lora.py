@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfevo.files import read_json, replace_file, write_json
+from selfevo.files import locate, read_json, replace_file, write_json
 from selfevo.kernels.linear import Linear, linear
 from selfevo.kernels.lowrank import adapted_linear
 
@@ -277,7 +277,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, base_model: str = "") 
         for key, factor in zip(_keys(name), factors, strict=True):
             tensors[key] = factor.cpu().contiguous()
     config = {
-        "peft_type": "LORA", "task_type": None, "base_model_name_or_path": base_model or None, "bias": "none",
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model or None, "bias": "none",
         "r": frozen_rank + rank, "lora_alpha": frozen_rank + rank if frozen_rank else alpha, "lora_dropout": dropout,
         "target_modules": list(layers), "inference_mode": True,
     }  # fmt: skip
@@ -291,17 +291,23 @@ def _keys(name: str) -> tuple[str, str]:
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
-    """Adapt exactly the layers of an adapter folder in PEFT's format; its adapter becomes the trainable one.
+    """Adapt exactly the layers of an adapter in PEFT's format, a folder or a hub id; it becomes the trainable one.
 
-    ``freeze_adapter`` afterwards makes it part of the reference. Returns the names of the layers. Raises ValueError,
-    and leaves the model alone, if it has adapters, for a configuration that needs more than plain LoRA with one rank
-    (the entry is named), and for a tensor that is missing, unexpected or of the wrong shape.
+    ``freeze_adapter`` afterwards makes it part of the reference. Returns the names of the layers. Embeddings and heads
+    that the file also holds, as PEFT may write them, must be those of the model. Raises ValueError, and leaves the
+    model alone, if it has adapters, for a configuration that needs more than plain LoRA with one rank (the entry is
+    named), and for a tensor that is missing, unexpected or of the wrong shape.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    path = Path(folder) / WEIGHTS_FILE
+    path = locate(folder, patterns=(CONFIG_FILE, WEIGHTS_FILE)) / WEIGHTS_FILE
     config = _read_config(path.with_name(CONFIG_FILE))
+    if not path.is_file() and path.with_suffix(".bin").is_file():
+        raise ValueError(
+            f"{path.with_suffix('.bin')} is a pickle, which is not read; write it anew as safetensors: in PEFT, "
+            "PeftModel.from_pretrained(base, folder).save_pretrained(folder)"
+        )
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -324,9 +330,17 @@ def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], config: dict[st
         a_key, b_key = _keys(name)
         if a_key in tensors or b_key in tensors or _is_expected(name, config, linears):
             shapes[a_key], shapes[b_key] = (rank, layer.in_features), (layer.out_features, rank)
+    stored = dict(model.named_parameters(remove_duplicate=False))
     for key in sorted(tensors.keys() | shapes.keys()):
         if key not in shapes:
-            raise ValueError(f"{path}: {key} belongs to no linear layer of the model")
+            own = stored.get(key.removeprefix(_PREFIX))
+            if own is None:
+                raise ValueError(f"{path}: {key} belongs to no linear layer of the model")
+            if own.shape != tensors[key].shape or not torch.equal(own.detach().cpu(), tensors[key].to(own.dtype)):
+                raise ValueError(
+                    f"{path}: {key} was trained along, which is more than LoRA: it differs from the model's"
+                )
+            continue
         if key not in tensors:
             raise ValueError(f"{path}: {key} is missing")
         if tensors[key].shape != shapes[key]:

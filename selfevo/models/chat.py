@@ -30,6 +30,7 @@ class ChatFormat(Protocol):
 
     name: str
     markers: tuple[str, ...] = ()  # the special tokens that the format cannot do without
+    jinja: str = ""  # the format as a chat template, for checkpoints that we write
     templates: frozenset[str] = frozenset()  # SHA-256 of the published templates that it reproduces, stripped
     later_system: bool = False  # whether a system message may stand elsewhere than at the beginning
 
@@ -66,6 +67,12 @@ class PlainChat(ChatFormat):
     """For base models without a chat template: roles are plain words; the stop token ends each assistant turn."""
 
     name = "plain"
+    jinja = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
+        "{{ 'Assistant: ' + m['content'] | trim + eos_token }}"
+        "{% else %}{{ ('User: ' if m['role'] == 'user' else '') + m['content'] | trim + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    )
     labels: Mapping[str, str] = {"system": "", "user": "User: ", "assistant": "Assistant: "}
 
     def __init__(self, bos: int | None, eos: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfevo.files import read_json, replace_file, write_json
+from selfevo.files import FileError, locate, read_json, replace_file, write_json, write_text
 from selfevo.models import llama, mistral, qwen2
 from selfevo.models.hf_config import ConfigError, ConfigReader
-from selfevo.models.hub import CheckpointError, locate
 from selfevo.models.model_config import ModelConfig
 from selfevo.models.tokenizer import FILES as TOKENIZER_FILES
 from selfevo.models.tokenizer import ChatTokenizer
@@ -27,7 +28,12 @@ FAMILIES = {"llama": llama, "mistral": mistral, "qwen2": qwen2}  # by model_type
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Older files store these; they follow from config.json.
+_GENERATION_TOKENS = ("bos_token", "eos_token", "pad_token")
 _DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+
+
+class CheckpointError(FileError):
+    """A checkpoint that cannot be loaded or written; the message names the file or tensor and what is wrong."""
 
 
 def load_model(
@@ -36,31 +42,40 @@ def load_model(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     revision: str | None = None,
+    allow_unknown: Collection[str] = (),
 ) -> Transformer:
     """Loads a Llama, Qwen2 or Mistral checkpoint from a folder in Hugging Face layout or a hub id.
 
-    ``dtype`` None keeps the stored one. Tensors are read one at a time, so the peak host memory is the weights in the
-    target dtype plus one tensor. Raises :class:`CheckpointError`, with the name of the file or tensor, for a truncated
-    file and a missing, extra or mis-shaped tensor, and ``ConfigError``, with the key, for a configuration that is not
-    implemented. Both are ValueErrors.
+    ``dtype`` None keeps the stored one, that of the first tensor where there are several. ``allow_unknown`` names keys
+    of config.json that are left out though this library does not know them. Tensors are read one at a time, so the peak
+    host memory is the weights in the target dtype plus one tensor. Raises :class:`CheckpointError`, with the name of
+    the file or tensor, for a truncated file and a missing, extra or mis-shaped tensor, and ``ConfigError``, with the
+    key, for a configuration that is not implemented. Both are ValueErrors.
     """
-    folder = locate(source, patterns=("config.json", "*.safetensors", INDEX), revision=revision)
-    config = read_config(folder)
+    # Some repositories hold the weights twice, the second time as consolidated.safetensors.
+    folder = locate(source, patterns=("config.json", "model*.safetensors", INDEX), revision=revision)
+    config = read_config(folder, allow_unknown)
+    shards = _shards(folder)
+    if config.tied and _has_own_head(shards):
+        warnings.warn(
+            f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; loaded as stored, untied",
+            stacklevel=2,
+        )
+        config = replace(config, tied=False)
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
     loaded: dict[str, Tensor] = {}
-    for shard, names in _shards(folder).items():
+    for shard, names in shards.items():
         for name in names:
             if _DERIVED.fullmatch(name):
                 continue
             if name not in expected:
                 raise CheckpointError(f"{shard}: the tensor {name} has no place in a {config.family} model")
             loaded[name] = _read_tensor(shard, name, expected[name], dtype, torch.device(device))
+            dtype = dtype or loaded[name].dtype
     if config.tied:  # the shared tensor may be stored under either name or under both
         stored = [loaded[name] for name in (EMBEDDING, HEAD) if name in loaded]
-        if len(stored) == 2 and not torch.equal(*stored):
-            raise CheckpointError(f"{folder}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}")
         if stored:
             loaded[EMBEDDING] = loaded[HEAD] = stored[0]
     missing = sorted(expected.keys() - loaded.keys())
@@ -72,8 +87,16 @@ def load_model(
     return model.eval()
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """The configuration of the checkpoint in ``folder``."""
+def _has_own_head(shards: Mapping[Path, Sequence[str]]) -> bool:
+    """Whether the output head is stored and differs from the embedding."""
+    places = {name: shard for shard, names in shards.items() for name in names if name in (EMBEDDING, HEAD)}
+    if len(places) < 2:
+        return False
+    return not torch.equal(*(_stored(places[name], name) for name in (EMBEDDING, HEAD)))
+
+
+def read_config(folder: Path, allow_unknown: Collection[str] = ()) -> ModelConfig:
+    """The configuration of the checkpoint in ``folder``, without the keys ``allow_unknown``."""
     path = folder / "config.json"
     values = read_json(path)
     if not isinstance(values, dict):
@@ -84,7 +107,7 @@ def read_config(folder: Path) -> ModelConfig:
     for architecture in values.get("architectures") or []:
         if not str(architecture).endswith("ForCausalLM"):
             raise ConfigError(f"{path}: {architecture} is not a causal language model")
-    reader = ConfigReader(values, str(path))
+    reader = ConfigReader(values, str(path), allow_unknown)
     try:
         config: ModelConfig = FAMILIES[kind].read_config(reader)
     except ConfigError:
@@ -133,20 +156,29 @@ def _stored_names(path: Path) -> list[str]:
         return sorted(file.keys())
 
 
-def _read_tensor(path: Path, name: str, shape: torch.Size, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-    """One tensor, copied out of the file, which is closed at once: its mapped pages would count as memory in use."""
+def _stored(path: Path, name: str) -> Tensor:
     with _opened(path) as file:
         tensor: Tensor = file.get_tensor(name)
-        if tensor.shape != shape:
-            stored, wanted = tuple(tensor.shape), tuple(shape)
-            raise CheckpointError(f"{path}: {name} has shape {stored}, but the configuration needs {wanted}")
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}; quantised weights are not implemented")
-        return tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+        return tensor
+
+
+def _read_tensor(path: Path, name: str, shape: torch.Size, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """One tensor, copied out of the file, which is closed at once: its mapped pages would count as memory in use."""
+    tensor = _stored(path, name)
+    if tensor.shape != shape:
+        stored, wanted = tuple(tensor.shape), tuple(shape)
+        raise CheckpointError(f"{path}: {name} has shape {stored}, but the configuration needs {wanted}")
+    if not tensor.is_floating_point() or tensor.element_size() < 2:
+        raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}; quantised weights are not implemented")
+    tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{path}: {name} holds NaN or infinite numbers; the file is damaged, or of a failed run")
+    return tensor
 
 
 def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder: str | Path) -> None:
-    """Writes config.json, safetensors weights (in shards of 5 GB) and the tokenizer's files, for transformers to read.
+    """Writes config.json, safetensors weights (in shards of 5 GB), the tokenizer's files, a chat template that writes
+    the tokenizer's format and generation_config.json, for transformers to read; weights that were there are removed.
 
     Adapters must be merged (``selfevo.lora.merge_adapters``) or saved apart (``save_adapter``) first: raises
     :class:`CheckpointError` for a model that has some.
@@ -163,6 +195,9 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
     if model.config.tied:
         del state[HEAD]
     split = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
+    for stale in [folder / INDEX, *folder.glob("model*.safetensors"), *folder.glob("pytorch_model*")]:
+        if stale.name not in split.filename_to_tensors:
+            stale.unlink(missing_ok=True)
     for file, names in split.filename_to_tensors.items():
         with replace_file(folder / file) as partial:
             save_file({name: state[name] for name in names}, partial, metadata={"format": "pt"})
@@ -171,10 +206,16 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
     values: dict[str, Any] = FAMILIES[model.config.family].write_config(model.config)
     values["torch_dtype"] = str(model.dtype).removeprefix("torch.")
     if tokenizer is not None:
-        values["eos_token_id"] = list(tokenizer.stop_ids)
+        named = {f"{name}_id": id_ for name, id_ in tokenizer.named_ids.items() if name in _GENERATION_TOKENS}
+        values |= named | {"eos_token_id": list(tokenizer.stop_ids)}
         source = tokenizer.folder
         if source is not None and source.resolve() != folder.resolve():
             for name in TOKENIZER_FILES:
                 if (source / name).is_file():
                     shutil.copyfile(source / name, folder / name)
+        if tokenizer.chat_template:
+            write_text(folder / "chat_template.jinja", tokenizer.chat_template)
+        generation = folder / "generation_config.json"
+        settings = read_json(generation) if generation.is_file() else {}
+        write_json(generation, settings | named | {"eos_token_id": list(tokenizer.stop_ids)})
     write_json(folder / "config.json", values)

@@ -13,6 +13,9 @@ from selfevo.models.model_config import ModelConfig
 def read_config(reader: ConfigReader) -> ModelConfig:
     common = read_common(reader, default_kv_heads=None, max_positions=2048)
     attention_bias = reader.take("attention_bias", bool, False)
+    full = ["full_attention"] * common["num_layers"]
+    if reader.take_layer_types(common["num_layers"], full) != full:
+        raise reader.fail("'layer_types' names sliding windows, which a llama has not")
     return ModelConfig(
         family="llama",
         windows=(None,) * common["num_layers"],
@@ -38,6 +41,12 @@ class Llama3Chat(ChatFormat):
 
     name = "llama3"
     markers = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    jinja = (
+        "{{ '<|begin_of_text|>' }}{% for m in messages %}"
+        "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' }}"
+        "{{ m['content'] | trim + '<|eot_id|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    )
     templates = frozenset({"ba03a121d097859c7b5b9cd03af99aafe95275210d2876f642ad9929a150f122"})
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]:

@@ -13,14 +13,18 @@ from selfevo.models.model_config import ModelConfig
 def read_config(reader: ConfigReader) -> ModelConfig:
     common = read_common(reader, default_kv_heads=8, max_positions=131072)
     window = reader.take_window("sliding_window", absent=4096)
-    return ModelConfig(family="mistral", windows=(window,) * common["num_layers"], **common)
+    layers = common["num_layers"]
+    kinds = reader.take_layer_types(layers, ["sliding_attention" if window else "full_attention"] * layers)
+    windows = tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return ModelConfig(family="mistral", windows=windows, **common)
 
 
 def write_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["MistralForCausalLM"],
         "model_type": "mistral",
-        "sliding_window": config.windows[0],
+        "sliding_window": next((window for window in config.windows if window is not None), None),
+        "layer_types": ["full_attention" if w is None else "sliding_attention" for w in config.windows],
         **write_common(config),
     }
 
@@ -34,6 +38,13 @@ class MistralChat(ChatFormat):
 
     name = "mistral"
     markers = ("<s>", "</s>", "[INST]", "[/INST]")
+    jinja = (
+        "{% set system = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+        "{% set spoken = messages[1:] if system else messages %}{{ '<s>' }}"
+        "{% set last = (spoken | length - 1) // 2 * 2 %}{% for m in spoken %}{% if m['role'] == 'user' %}"
+        "{{ '[INST] ' + (system if loop.index0 == last else '') + m['content'] + '[/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] + '</s>' }}{% endif %}{% endfor %}"
+    )
     templates = frozenset({"cafb64e0e9e5fd2503054b3479593fae39cbdfd52338ce8af9bb4664a8eb05bd"})
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]:

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Llama3RopeScaling:
-    """The ``llama3`` rotary scaling of Llama 3.1 and later."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_positions: int
+from selfevo.models.rope import RopeScaling
 
 
 @dataclass(frozen=True)
@@ -31,7 +23,7 @@ class ModelConfig:
     rope_theta: float
     max_positions: int
     windows: tuple[int | None, ...]  # per layer: how many keys a token sees, including its own; None: no limit
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     qkv_bias: bool = False
     output_bias: bool = False  # bias of o_proj
     mlp_bias: bool = False

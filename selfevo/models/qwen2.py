@@ -20,11 +20,8 @@ def _windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
     in_use = reader.take("use_sliding_window", bool, False)
     size = reader.take_window("sliding_window", absent=4096)
     first = reader.take("max_window_layers", int, 28)
-    kinds = reader.take("layer_types", list, None)
-    if kinds is None:
-        kinds = ["sliding_attention" if in_use and layer >= first else "full_attention" for layer in range(num_layers)]
-    if len(kinds) != num_layers or not set(kinds) <= {"sliding_attention", "full_attention"}:
-        raise reader.fail(f"'layer_types' should name full_attention or sliding_attention {num_layers} times: {kinds}")
+    own = ["sliding_attention" if in_use and layer >= first else "full_attention" for layer in range(num_layers)]
+    kinds = reader.take_layer_types(num_layers, own)
     return tuple(size if in_use and kind == "sliding_attention" else None for kind in kinds)
 
 
@@ -47,6 +44,13 @@ class Qwen2Chat(ChatFormat):
     markers = ("<|im_start|>", "<|im_end|>")
     templates = frozenset({"793202280c0910ab26bc6eb57c8212c2417324c6d8c4efd0d10d59092ab3e3eb"})
     default_system = "You are a helpful assistant."  # as in the published template, if none is given
+    jinja = (
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\n"
+        + default_system
+        + "<|im_end|>\n' }}{% endif %}"
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
 
     def __call__(self, codec: Codec, messages: Messages, add_generation_prompt: bool) -> list[int]:
         if messages[0]["role"] != "system":

@@ -8,16 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from selfevo.dialogue import Messages
-from selfevo.files import read_json
+from selfevo.files import locate, read_json
 from selfevo.models.chat import ChatError, ChatFormat, PlainChat, check_messages
-from selfevo.models.hub import locate
 from selfevo.models.llama import Llama3Chat
 from selfevo.models.mistral import MistralChat
 from selfevo.models.qwen2 import Qwen2Chat
@@ -154,8 +153,14 @@ class ChatTokenizer:
     writes, ``stops`` are more of them."""
 
     def __init__(
-        self, backend: Backend, chat_format: ChatFormat, folder: Path | None = None, stops: Sequence[int] = ()
-    ) -> None:
+        self, backend: Backend, chat_format: ChatFormat, folder: Path | None = None, stops: Sequence[int] = (),
+        named: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        # The named control tokens (bos_token, eos_token, ...) that the vocabulary has.
+        self.named_ids = {
+            name: backend.special[token] for name, token in (named or {}).items() if token in backend.special
+        }
+        self.chat_template = ""  # the format as a template, where the folder has none of its own for it
         self._backend, self._format, self.folder = backend, chat_format, folder
         self._special = frozenset(backend.special.values())
         self._guarded = frozenset(i for token, i in backend.special.items() if token != "<unk>")
@@ -229,7 +234,10 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, chat_form
             f"{folder}: neither tokenizer.json nor tokenizer.model is there, nor vocab.json and merges.txt"
         )
     chat = _choose_format(folder, settings, backend, named, chat_format)
-    return ChatTokenizer(backend, chat, folder, _stops(folder, backend, named))
+    tokenizer = ChatTokenizer(backend, chat, folder, _stops(folder, backend, named), named)
+    if chat_format is not None or _template(folder, settings) is None:
+        tokenizer.chat_template = chat.jinja
+    return tokenizer
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -267,7 +275,7 @@ def _choose_format(
         return next(iter(available.values()), None) or _plain(folder, named, backend)
     fingerprint = hashlib.sha256(template.strip().encode()).hexdigest()
     for chat in available.values():
-        if fingerprint in chat.templates:
+        if fingerprint in chat.templates or template.strip() == chat.jinja.strip():
             return chat
     from selfevo.models.chat_template import TemplateChat  # Jinja2, which most folders do not need
 

@@ -6,8 +6,6 @@ size, V vocabulary. Parameter names are those of Hugging Face checkpoints.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -16,6 +14,7 @@ from selfevo.kernels.elementwise import rms_norm, rotate, swiglu
 from selfevo.kernels.linear import Linear
 from selfevo.models.attention import AttentionContext, Causal, Masked
 from selfevo.models.model_config import ModelConfig
+from selfevo.models.rope import rope_tables
 
 
 class Transformer(nn.Module):
@@ -135,24 +134,3 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps)
-
-
-def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Positions (B, T) -> cosines and sines, each (B, 1, T, E), computed in float32 and rounded once."""
-    angles = positions[..., None].float() * rope_frequencies(config, positions.device)
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Angular frequency of each pair of head dimensions: (E/2,) float32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    wavelengths = 2 * math.pi / frequencies
-    share = scaling.original_max_positions / wavelengths
-    smooth = (share - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = smooth.clamp(0.0, 1.0)  # 0: long waves, divided by the factor; 1: short waves, kept
-    return (1 - smooth) * frequencies / scaling.factor + smooth * frequencies

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from selfevo.models import ChatTokenizer, TokenizerError, load_tokenizer
+from selfevo.models import ChatTokenizer, TokenizerError, load_tokenizer, save_pretrained
 from selfevo.models.chat import ChatError
 from selfevo.models.chat_template import TemplateChat
 
@@ -210,6 +211,32 @@ def test_our_coded_formats_give_the_ids_of_the_published_templates(shared: Path)
         for messages in (TALK[:1], TALK[:3], [{"role": "system", "content": "Be kind."}, *TALK]):
             assert rendered.encode_chat(messages) == coded.encode_chat(messages), name
         assert rendered.encode_reply("That is hard.") == coded.encode_reply("That is hard.")
+
+
+@pytest.mark.parametrize("source", ["llama3", "qwen2", "mistral-v0.3", "plain", "embedded"])
+def test_an_export_chats_in_transformers_in_the_format_trained_on(shared: Path, tmp_path: Path, source: str) -> None:
+    folder = shared / "tokenizers" / ("qwen2" if source == "plain" else source)
+    if source == "embedded":
+        folder = Path(__file__).resolve().parents[2] / "examples" / "embedded" / "backbone"
+    (tmp_path / "in").mkdir()
+    for path in folder.iterdir():
+        if "tokenizer" in path.name:
+            shutil.copyfile(path, tmp_path / "in" / path.name)
+    path = tmp_path / "in" / "tokenizer_config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "chat_template"}))
+    ours = load_tokenizer(tmp_path / "in", chat_format="plain" if source == "plain" else None)
+    save_pretrained(tiny_model(vocab_size=ours.vocab_size), ours, tmp_path / "out")
+    for messages in (TALK[:1], TALK[:3], [{"role": "system", "content": "Be kind."}, *TALK]):
+        assert theirs(tmp_path / "out", messages, True) == ours.encode_chat(messages)
+    again = load_tokenizer(tmp_path / "out")
+    assert again.encode_chat(TALK) == ours.encode_chat(TALK)
+    assert again.encode_reply("That is hard.") == ours.encode_reply("That is hard.")
+    assert again.stop_ids == ours.stop_ids
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == list(ours.stop_ids)
+    assert settings.get("bos_token_id") == json.loads((tmp_path / "out" / "config.json").read_text()).get(
+        "bos_token_id"
+    )
 
 
 def test_vocab_and_merges_give_the_ids_of_the_tokenizer_json(shared: Path, tmp_path: Path) -> None:

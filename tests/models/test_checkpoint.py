@@ -26,10 +26,32 @@ LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
+YARN_ROPE = {
+    "rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
 CASES: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {}),
     "llama_tied": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"tie_word_embeddings": True}),
     "llama_rope": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"rope_parameters": LLAMA3_ROPE}),
+    "llama_linear": (
+        transformers.LlamaConfig, transformers.LlamaForCausalLM,
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 3.0}},
+    ),
+    "llama_dynamic": (
+        transformers.LlamaConfig, transformers.LlamaForCausalLM,
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 3.0}},
+    ),
+    "qwen2_yarn": (
+        transformers.Qwen2Config, transformers.Qwen2ForCausalLM, {"rope_parameters": YARN_ROPE},
+    ),
+    "llama_yarn_scales": (
+        transformers.LlamaConfig, transformers.LlamaForCausalLM,
+        {"rope_parameters": YARN_ROPE | {"mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 20.0, "truncate": False}},
+    ),
+    "llama_yarn_attention": (
+        transformers.LlamaConfig, transformers.LlamaForCausalLM,
+        {"rope_parameters": YARN_ROPE | {"attention_factor": 0.8}},
+    ),
     "llama_head_dim": (transformers.LlamaConfig, transformers.LlamaForCausalLM, {"head_dim": 16}),
     "llama_biases": (
         transformers.LlamaConfig, transformers.LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True},
@@ -233,11 +255,73 @@ def test_a_tied_head_may_be_stored_under_either_name(stored: str, tmp_path: Path
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_head_flagged_tied_that_differs_is_refused(tmp_path: Path) -> None:
-    make_peer("llama").save_pretrained(tmp_path)
+def test_a_head_flagged_tied_that_differs_is_loaded_as_stored_with_a_warning(tmp_path: Path) -> None:
+    peer = make_peer("llama")
+    peer.save_pretrained(tmp_path)
     edit_config(tmp_path, tie_word_embeddings=True)
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs"):
-        load_model(tmp_path)
+    with pytest.warns(UserWarning, match=r"tie_word_embeddings is true, but lm_head\.weight differs"):
+        model = load_model(tmp_path)
+    torch.testing.assert_close(model(tokens()), peer(tokens()).logits, rtol=1e-4, atol=1e-4)
+    assert not model.config.tied
+
+
+HARMLESS: list[dict[str, Any]] = [
+    {"is_llama_config": True},
+    {"rope_interleaved": False},
+    {"transformers.js_config": {"dtype": "q4"}},
+    {"unsloth_fixed": True, "unsloth_version": "2024.9"},
+    {"mask_token_id": 5, "pad_token_id": 7, "some_other_token_id": [1, 2]},
+    {"temperature": 0.6, "top_p": 0.9, "do_sample": True, "max_length": 4096},
+    {"layer_types": ["full_attention"] * 3},
+    {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 1.0}},
+    {"rope_scaling": {"type": "linear", "factor": 1.0}},
+    {"_attn_implementation_autoset": True, "attn_implementation": "flash_attention_2"},
+    {"auto_map": {"AutoModelForCausalLM": "modeling.X"}, "tokenizer_class": "LlamaTokenizer"},
+    {"logits_scaling": 1.0, "residual_multiplier": 1.0},
+]
+
+
+@pytest.mark.parametrize("changes", HARMLESS, ids=lambda changes: next(iter(changes)))
+def test_fields_without_effect_do_not_stop_a_published_checkpoint(checkpoint: Path, changes: dict[str, Any]) -> None:
+    expected = load_model(checkpoint)(tokens())
+    if "rope_scaling" in changes:
+        edit_config(checkpoint, rope_parameters=None, rope_theta=1e4)
+    edit_config(checkpoint, **changes)
+    torch.testing.assert_close(load_model(checkpoint)(tokens()), expected, rtol=0, atol=0)
+
+
+def test_a_user_can_vouch_for_a_field(checkpoint: Path) -> None:
+    expected = load_model(checkpoint)(tokens())
+    edit_config(checkpoint, house_style="warm")
+    with pytest.raises(ConfigError, match=r"'house_style' .* allow_unknown=\('house_style',\)"):
+        load_model(checkpoint)
+    model = load_model(checkpoint, allow_unknown=("house_style",))
+    torch.testing.assert_close(model(tokens()), expected, rtol=0, atol=0)
+
+
+def test_all_weights_have_one_dtype(checkpoint: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            if "norm" not in name:
+                tensors[name] = tensors[name].bfloat16()
+
+    rewrite(checkpoint, change)
+    assert len({p.dtype for p in load_model(checkpoint).parameters()}) == 1
+
+
+def test_weights_that_are_not_finite_are_refused_by_name(checkpoint: Path) -> None:
+    rewrite(checkpoint, lambda tensors: tensors["model.norm.weight"].__setitem__(3, float("nan")))
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds NaN"):
+        load_model(checkpoint)
+
+
+def test_saving_leaves_no_weights_of_another_model(tmp_path: Path) -> None:
+    make_peer("llama").save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    model = load_model(tmp_path)
+    save_pretrained(model, None, tmp_path)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+    torch.testing.assert_close(load_model(tmp_path)(tokens()), model(tokens()), rtol=0, atol=0)
 
 
 # A feature that is not implemented is refused by name
@@ -246,7 +330,9 @@ def test_a_head_flagged_tied_that_differs_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}}, "longrope"),
+        ({"rope_interleaved": True}, "rope_interleaved"),
+        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layer_types"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"sliding_window": 16}, "sliding_window"),
@@ -270,14 +356,14 @@ def test_a_config_that_we_do_not_implement_is_refused_by_name(
 
 
 def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(FileError, match="no such folder"):
         load_model(tmp_path / "nowhere")
     with pytest.raises(FileError, match=r"config\.json: there is no such file"):
         load_model(tmp_path)
 
 
 def test_a_hub_id_that_cannot_be_fetched_gives_the_hubs_own_words() -> None:
-    with pytest.raises(CheckpointError, match=r"somebody/some-model: no such folder here, and the hub says: .+"):
+    with pytest.raises(FileError, match=r"somebody/some-model: no such folder here, and the hub says: .+"):
         load_model("somebody/some-model")
 
 
