@@ -712,7 +712,7 @@ def test_names_that_end_in_other_names_round_trip(tmp_path: Path) -> None:
 
 
 def test_the_files_are_what_peft_writes(tmp_path: Path) -> None:
-    peft_saved(tmp_path / "theirs")
+    peft_saved(tmp_path / "theirs", task_type="CAUSAL_LM")
     inject_lora(model := llama())
     save_adapter(model, tmp_path / "ours")
     tensors = [load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs")]
@@ -835,6 +835,36 @@ def test_every_tensor_of_the_file_is_accounted_for(tmp_path: Path, change: Any, 
         load_adapter(model, tmp_path)
     assert torch.equal(logits(model), before)
     assert not lora_parameters(model)
+
+
+def test_embeddings_that_a_file_holds_too_must_be_those_of_the_model(tmp_path: Path) -> None:
+    """PEFT writes them where it thinks that the vocabulary has grown."""
+    expected = peft_saved(tmp_path)
+    path, name = tmp_path / "adapter_model.safetensors", "base_model.model.model.embed_tokens.weight"
+    own = llama().get_parameter("model.embed_tokens.weight").detach().clone()
+    save_file(load_file(path) | {name: own}, path)
+    model = llama()
+    load_adapter(model, tmp_path)
+    assert largest_difference(logits(model), expected) < 1e-5
+    save_file(load_file(path) | {name: own + 1}, path)
+    with pytest.raises(ValueError, match=r"embed_tokens\.weight differs from the model's: it was trained too"):
+        load_adapter(llama(), tmp_path)
+
+
+def test_a_pickled_adapter_is_named_with_the_way_to_convert_it(tmp_path: Path) -> None:
+    peft_saved(tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle, which is not read; .*save_pretrained"):
+        load_adapter(llama(), tmp_path)
+
+
+def test_auto_peft_loads_an_adapter_and_its_base(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    inject_lora(model := llama())
+    randomise(model)
+    save_adapter(model, tmp_path / "adapter", base_model=str(tmp_path / "base"))
+    wrapped = peft.AutoPeftModelForCausalLM.from_pretrained(str(tmp_path / "adapter"))
+    assert largest_difference(logits(wrapped), logits(model)) < 1e-5
 
 
 def test_damaged_and_missing_files_are_named(tmp_path: Path) -> None:

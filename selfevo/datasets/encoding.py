@@ -24,9 +24,23 @@ def fit_prompt(tokenizer: ChatTokenizer, messages: Messages, max_tokens: int, *,
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     spoken = messages[len(system) :]
-    dropped = 0
-    while len(ids := tokenizer.encode_chat([*system, *spoken[dropped:]])) > max_tokens:
-        if len(spoken) - dropped - 2 < keep_last:
-            return FittedPrompt(None, dropped)
-        dropped += 2
-    return FittedPrompt(ids, dropped)
+
+    def encode(exchanges: int) -> list[int]:
+        return tokenizer.encode_chat([*system, *spoken[2 * exchanges :]])
+
+    ids = encode(0)
+    least, most = 0, max(0, len(spoken) - keep_last) // 2  # exchanges to drop: too few, and as many as may be
+    if len(ids) <= max_tokens:
+        return FittedPrompt(ids, 0)
+    shortest = encode(most)
+    if len(shortest) > max_tokens:
+        return FittedPrompt(None, 2 * most)
+    ids = shortest
+    while most - least > 1:
+        middle = (least + most) // 2
+        tried = encode(middle)
+        if len(tried) > max_tokens:
+            least = middle
+        else:
+            most, ids = middle, tried
+    return FittedPrompt(ids, 2 * most)

@@ -14,7 +14,10 @@ _OWN_FIELDS = ("id", "dialogue", "golden", "source", "reflection")
 
 @dataclass(frozen=True)
 class Pair:
-    """One preference pair; ``source`` is where the chosen reply comes from: "refined" or "golden"."""
+    """One preference pair; ``source`` is where the chosen reply comes from: "refined" or "golden".
+
+    ``rejected_cut``: the token limit ended the rejected reply, so the model wrote no end to it.
+    """
 
     id: str
     dialogue: str
@@ -24,12 +27,14 @@ class Pair:
     golden: str
     source: str
     reflection: dict[str, Any] | None = None
+    rejected_cut: bool = False
 
     def as_record(self) -> dict[str, Any]:
-        """The conversational preference format that TRL and LLaMA-Factory load, with further fields of our own."""
+        """The conversational preference format that TRL loads, with further fields of our own."""
         own = {name: getattr(self, name) for name in _OWN_FIELDS}
         chosen, rejected = ([{"role": "assistant", "content": text}] for text in (self.chosen, self.rejected))
-        return {"prompt": self.prompt, "chosen": chosen, "rejected": rejected, **own}
+        cut = {"rejected_cut": True} if self.rejected_cut else {}
+        return {"prompt": self.prompt, "chosen": chosen, "rejected": rejected, **own, **cut}
 
 
 def read_pairs(path: Path) -> list[Pair]:
@@ -39,7 +44,8 @@ def read_pairs(path: Path) -> list[Pair]:
         try:
             (chosen,), (rejected,) = record["chosen"], record["rejected"]
             own = {name: record[name] for name in ("prompt", *_OWN_FIELDS)}
-            pairs.append(Pair(chosen=chosen["content"], rejected=rejected["content"], **own))
+            cut = bool(record.get("rejected_cut", False))
+            pairs.append(Pair(chosen=chosen["content"], rejected=rejected["content"], rejected_cut=cut, **own))
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(
                 f"{path}: record {index} is not a preference pair as written by this library: {error!r}"

@@ -68,7 +68,7 @@ def generator_pairs(
     ``no_error_dropped``, ``human_error_dropped``, ``no_verdict_dropped``, ``prompt_too_long_dropped``,
     ``empty_dropped``, ``identical_dropped`` and ``pairs``.
     """
-    sampled: list[tuple[Labelled, str]] = []
+    sampled: list[tuple[Labelled, Reply]] = []
     for turn, reply in zip(turns, replies, strict=True):
         if reply.text is None:
             counts["prompt_too_long_dropped"] += 1
@@ -77,21 +77,23 @@ def generator_pairs(
         elif reply.text == turn.reply.strip():
             counts["identical_dropped"] += 1
         else:
-            sampled.append((turn, reply.text))
-    faulty: list[tuple[Labelled, str, frozenset[str]]] = []
-    for (turn, text), errors in zip(sampled, find_errors([case_of(turn, text) for turn, text in sampled], counts)):
+            sampled.append((turn, reply))
+    faulty: list[tuple[Labelled, Reply, frozenset[str]]] = []
+    cases = [case_of(turn, reply.text or "") for turn, reply in sampled]
+    for (turn, reply), errors in zip(sampled, find_errors(cases, counts)):
         if errors:
-            faulty.append((turn, text, errors))
+            faulty.append((turn, reply, errors))
         else:
             counts["no_verdict_dropped" if errors is None else "no_error_dropped"] += 1
     pairs = []
     verdicts = find_errors([case_of(turn, turn.reply) for turn, _, _ in faulty], counts)
-    for (turn, text, errors), human_errors in zip(faulty, verdicts):
+    for (turn, reply, errors), human_errors in zip(faulty, verdicts):
         if human_errors is None or human_errors:
             counts["no_verdict_dropped" if human_errors is None else "human_error_dropped"] += 1
         else:
             counts.update(f"{error}_rejected" for error in errors)
-            pairs.append(_pair(turn, generator_prompt(turn.context, turn.strategy), turn.reply, text))
+            prompt = generator_prompt(turn.context, turn.strategy)
+            pairs.append(_pair(turn, prompt, turn.reply, reply.text or "", reply.cut))
     counts["pairs"] = len(pairs)
     return pairs
 
@@ -101,8 +103,9 @@ def case_of(turn: Labelled, reply: str, strategy: str = "") -> Case:
     return Case(to_messages(turn.context), strategy or turn.strategy, reply)
 
 
-def _pair(turn: Labelled, prompt: list[Message], chosen: str, rejected: str) -> Pair:
-    return Pair(turn.example.id, turn.example.dialogue, prompt, chosen, rejected, chosen, "golden")
+def _pair(turn: Labelled, prompt: list[Message], chosen: str, rejected: str, cut: bool = False) -> Pair:
+    example = turn.example
+    return Pair(example.id, example.dialogue, prompt, chosen, rejected, chosen, "golden", rejected_cut=cut)
 
 
 def find_errors(

@@ -18,7 +18,7 @@ def controlled(pairs: Sequence[Pair], control: str) -> list[Pair]:
     dialogue, so that what they say about a user is about somebody else. "none" and "sft-only" leave them as they are.
     """
     if control == "swapped":
-        return [replace(pair, chosen=pair.rejected, rejected=pair.chosen) for pair in pairs]
+        return [replace(pair, chosen=pair.rejected, rejected=pair.chosen, rejected_cut=False) for pair in pairs]
     if control == "shuffled":
         order = sorted(range(len(pairs)), key=lambda i: pairs[i].dialogue)
         step = max(Counter(pair.dialogue for pair in pairs).values())  # no dialogue reaches as far
@@ -27,7 +27,9 @@ def controlled(pairs: Sequence[Pair], control: str) -> list[Pair]:
                 f"pairs of at least two dialogues are needed to shuffle them; there are {len(pairs)} pairs"
             )
         donors = dict(zip(order, order[step:] + order[:step]))
+        given = [pairs[donors[index]] for index in range(len(pairs))]
         return [
-            replace(p, chosen=pairs[donors[i]].chosen, rejected=pairs[donors[i]].rejected) for i, p in enumerate(pairs)
+            replace(pair, chosen=donor.chosen, rejected=donor.rejected, rejected_cut=donor.rejected_cut)
+            for pair, donor in zip(pairs, given)
         ]
     return list(pairs)

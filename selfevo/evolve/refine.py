@@ -162,7 +162,7 @@ def filter_pairs(
             continue
         counts[f"kept_{source}"] += 1
         thought = None if reflection is None else asdict(reflection)
-        pairs.append(Pair(example.id, example.dialogue, prompt, chosen, reply.text, golden, source, thought))
+        pairs.append(Pair(example.id, example.dialogue, prompt, chosen, reply.text, golden, source, thought, reply.cut))
     counts["pairs"] = len(pairs)
     return pairs
 

@@ -6,7 +6,7 @@ It knows ids, not text. Notation: R rows being decoded (slots 0..R-1 of the cach
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Literal
@@ -45,7 +45,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
-    stop_ids: Collection[int] = (),
+    stop_ids: Iterable[int] = (),
     temperature: float = Sampling.temperature,
     top_p: float = Sampling.top_p,
     top_k: int = Sampling.top_k,
@@ -72,6 +72,7 @@ def generate(
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
     if keys is None:
         keys = range(len(prompts))
+    stops = frozenset(map(int, stop_ids))
     _check(model, prompts, keys, max_new_tokens, batch_size)
     if not prompts:
         return []
@@ -82,7 +83,7 @@ def generate(
         bar = tqdm(total=len(prompts), desc=progress, unit="reply", disable=progress is None)
         with bar, decoding_layers(model):
             decoder = _Decoder(
-                model, sampling, sequences, max_new_tokens, frozenset(stop_ids), batch_size,
+                model, sampling, sequences, max_new_tokens, stops, batch_size,
                 stop_when, on_reply, cuda_graphs, observer,
             )  # fmt: skip
             while decoder.step():
@@ -259,6 +260,8 @@ def _check(
     if len(keys) != len(prompts):
         raise ValueError(f"there are {len(prompts)} prompts but {len(keys)} keys")
     for index, prompt in enumerate(prompts):
+        if np.ndim(prompt) != 1:
+            raise ValueError(f"prompt {index} should be a list of token ids, not {prompt!r:.60}")
         if len(prompt) == 0:
             raise ValueError(f"prompt {index} has no tokens")
         if min(prompt) < 0 or max(prompt) >= model.config.vocab_size:

@@ -124,7 +124,9 @@ def _sample(
 
     def finish(place: int, reply: list[int]) -> None:
         index, cut = indices[place], len(reply) == max_new_tokens and not stop(reply)
-        keep(index, Reply(tokenizer.decode(reply).strip(), len(reply), cut, fitted[index].turns_dropped))
+        text = tokenizer.decode(reply)
+        text = text.rstrip("\ufffd") if cut else text  # half of the character that the limit has cut in two
+        keep(index, Reply(text.strip(), len(reply), cut, fitted[index].turns_dropped))
 
     generate(
         model, list(ids.values()), max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, keys=indices,

@@ -7,6 +7,7 @@ repeats its first.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -17,6 +18,7 @@ from selfevo.kernels.elementwise import widen
 
 _MASK = (1 << 64) - 1
 _TIES = 16  # scores beyond the k-th that are looked at in case they tie with it
+_COLDEST = 1e-5  # temperatures below are greedy: scores divided by them would overflow
 _GROUP = 16  # scores of which the maximum is taken first, see topk_by_groups
 
 
@@ -34,19 +36,19 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must not be negative: {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number, not negative: {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1]: {self.top_p}")
         if self.top_k < 0:
             raise ValueError(f"top_k must not be negative (0 switches it off): {self.top_k}")
-        if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be positive: {self.repetition_penalty}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty must be a positive, finite number: {self.repetition_penalty}")
 
     def sample(self, logits: Tensor, seen: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
         """Logits (V, R), overwritten, ids seen (R, L), both as ``logits_to_probs`` wants them, sequence keys and
         step numbers (R,) -> next ids (R,). Of likeliest ids that tie, greedy takes the smallest."""
-        greedy = self.temperature == 0
+        greedy = self.temperature < _COLDEST
         temperature, top_k, top_p = (1.0, 1, 1.0) if greedy else (self.temperature, self.top_k, self.top_p)
         probs, ids = logits_to_probs(
             logits, seen, penalty=self.repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p
@@ -64,7 +66,7 @@ def logits_to_probs(
     The repetition penalty (Keskar et al. 2019) divides positive scores of ids seen and multiplies negative ones, in
     float32; their places in ``logits`` are overwritten. Top-k keeps everything that ties with the k-th score. Top-p
     keeps the smallest set, likeliest first, whose mass reaches p. Penalty 1, ``top_k`` 0 and ``top_p`` 1 switch a step
-    off. The vocabulary is sorted only without a top-k.
+    off. The vocabulary is sorted only without a top-k. Raises FloatingPointError for logits that are not finite.
     """
     vocab = len(logits)
     k = min(top_k, vocab) if top_k else vocab
@@ -76,6 +78,8 @@ def logits_to_probs(
     while width < vocab and bool((scores[:, k - 1] == scores[:, -1]).any()):  # a tie that may go on; common in bfloat16
         width = min(2 * width, vocab)
         scores, ids = _topk(logits, seen, penalised, width)
+    if not bool(torch.isfinite(scores[:, 0]).all()):  # NaN counts as the largest
+        raise FloatingPointError("the model's logits are not finite: are its weights damaged, or the dtype too narrow?")
     scores = scores.masked_fill(scores < scores[:, k - 1 : k], float("-inf"))
     probs = (scores / temperature).softmax(dim=1)
     if top_p < 1:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,7 @@ class ChatTokenizer:
         self.named_ids = {
             name: backend.special[token] for name, token in (named or {}).items() if token in backend.special
         }
+        self._encode = lru_cache(maxsize=2**14)(self._encode_once)  # the turns of a dialogue come again and again
         self.chat_template = ""  # the format as a template, where the folder has none of its own for it
         self._backend, self._format, self.folder = backend, chat_format, folder
         self._special = frozenset(backend.special.values())
@@ -175,19 +177,20 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without BOS or EOS; text that looks like a special token stays text."""
-        return self._checked(text, self._backend.encode(text))
+        return list(self._encode(text, None))
 
     def encode_run(self, text: str, *, first: bool) -> list[int]:
         """Ids of plain text within a larger one: ``first`` at its beginning, else after a control token.
 
         They differ from those of ``encode`` only where the vocabulary puts a space before a text.
         """
-        return self._checked(text, self._backend.encode_run(text, first=first))
+        return list(self._encode(text, first))
 
-    def _checked(self, text: str, ids: list[int]) -> list[int]:
+    def _encode_once(self, text: str, first: bool | None) -> tuple[int, ...]:
+        ids = self._backend.encode(text) if first is None else self._backend.encode_run(text, first=first)
         if not self._guarded.isdisjoint(ids):
             raise TokenizerError(f"{self.folder}: this vocabulary spells a special token in plain text: {text[:80]!r}")
-        return ids
+        return tuple(ids)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special tokens are left out."""

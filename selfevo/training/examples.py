@@ -76,6 +76,8 @@ def encode_pairs(tokenizer: ChatTokenizer, pairs: list[Pair], window: int) -> tu
     kept, ids = [], []
     for pair in pairs:
         chosen, rejected = tokenizer.encode_reply(pair.chosen), tokenizer.encode_reply(pair.rejected)
+        if pair.rejected_cut:  # the model did not choose to end it
+            rejected.pop()
         prompt = fit_prompt(tokenizer, pair.prompt, window - max(len(chosen), len(rejected)))
         if prompt.ids is not None:
             kept.append(pair)

@@ -23,6 +23,8 @@ from selfevo.training.objectives import Objective
 from selfevo.training.settings import TrainSettings
 from selfevo.training.step import batch_indices, evaluate_held_out, train_step
 
+_DIVERGED = "nothing was saved as finished; a lower learning rate may help"
+
 
 @dataclass
 class Progress:
@@ -70,6 +72,10 @@ def train(
             progress.step += 1
             if held_out is not None and (progress.step % evaluate_every == 0 or progress.step == total):
                 record["held_out"] = evaluate_held_out(model, held_out, settings)
+                if not math.isfinite(record["held_out"]["loss"]):
+                    raise FloatingPointError(
+                        f"{label}, step {progress.step}: the held-out loss is not finite; {_DIVERGED}"
+                    )
                 _remember_best(progress, record["held_out"]["loss"], parameters, settings.patience)
             progress.metrics.append(record)
             append_jsonl(folder / "metrics.jsonl", record)
@@ -79,6 +85,8 @@ def train(
             bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
     if progress.best_adapter is not None:
         _assign(parameters, progress.best_adapter)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+        raise FloatingPointError(f"{label}: the adapter is not finite after the last step; {_DIVERGED}")
     save_adapter(model, folder, base_model=base_model)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     return progress.metrics

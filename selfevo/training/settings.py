@@ -43,10 +43,10 @@ class PreferenceSettings:
     )
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
-            raise ValueError(f"beta must be positive, not {self.beta}")
-        if not self.gamma >= 0:
-            raise ValueError(f"gamma must not be negative: {self.gamma}")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be positive and finite, not {self.beta}")
+        if not 0 <= self.gamma < math.inf:
+            raise ValueError(f"gamma must be finite and not negative: {self.gamma}")
         if self.sft_term not in SFT_TERMS:
             raise ValueError(f"sft_term should be one of {', '.join(SFT_TERMS)}, not {self.sft_term!r}")
 

@@ -42,6 +42,8 @@ def train_step(
             (loss / len(batch)).backward()
             for name, value in statistics.items():
                 sums[name] = sums.get(name, 0.0) + value
+    if not math.isfinite(sums["loss"]):
+        raise FloatingPointError(f"step {step}: the loss is {sums['loss']}: are the weights or the data damaged?")
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
     if not torch.isfinite(norm):
         raise FloatingPointError(f"step {step}: the gradient is not finite; a lower learning rate may help")

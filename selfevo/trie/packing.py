@@ -19,24 +19,27 @@ def pack(items: Sequence[Sequence[Ids]], max_tokens: int) -> list[list[int]]:
     packs: list[list[int]] = []
     links: list[int] = []  # of the last pack: what each item shares with the one before it
     costs: list[int] = []  # and the distinct tokens that it adds
+    filled = 0  # the sum of the costs
     previous = as_ids([])
     for index in order:
         own, link = _distinct(items[index]), shared_prefix(previous, items[index][0])
-        if packs and sum(costs) + own - link > max_tokens:
+        if packs and filled + own - link > max_tokens:
             cut = _weakest([*links, link], costs, max_tokens)
             packs.append(packs[-1][cut:])
             del packs[-2][cut:]
             links, costs = links[cut:], costs[cut:]
             if costs:
                 costs[0] += links[0]
-            if sum(costs) + own - link > max_tokens and costs:
+            filled = sum(costs)
+            if filled + own - link > max_tokens and costs:
                 packs.append([])
-                links, costs = [], []
+                links, costs, filled = [], [], 0
         if not packs:
             packs.append([])
         packs[-1].append(index)
         links.append(link)
         costs.append(own - link if costs else own)
+        filled += costs[-1]
         previous = items[index][0]
     return packs
 

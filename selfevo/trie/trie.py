@@ -77,19 +77,53 @@ def build_trie(sequences: Sequence[Sequence[int] | Ids]) -> TokenTrie:
     return TokenTrie(row[0], row[1], row[2], paths)
 
 
+@dataclass
+class _Branch:
+    """A node of the trie where sequences end or part: those ending here (``own``) and the branches below."""
+
+    depth: int
+    own: list[int]
+    below: list[_Branch]
+    longest: int = 0
+
+
 def _long_first(order: list[int], arrays: Sequence[Ids]) -> list[int]:
     """Indices of sequences in lexicographic order, rearranged so that below every node the longest one comes first.
 
-    The others follow in the order of how much they share with it, most first, so that its nodes stay neighbours.
+    The others follow in the order of how much they share with it, most first, so that its nodes stay neighbours. The
+    branches are found from neighbours' common prefixes, as a suffix tree is from a suffix array.
     """
-    if len(order) < 3:
-        return sorted(order, key=lambda index: -len(arrays[index]))
-    longest = max(order, key=lambda index: len(arrays[index]))
-    branches: dict[int, list[int]] = {}
+    path = [_Branch(0, [], [])]  # from the root to the newest sequence
+    previous = as_ids([])
     for index in order:
-        if index != longest:
-            branches.setdefault(shared_prefix(arrays[longest], arrays[index]), []).append(index)
-    result = [longest]
-    for depth in sorted(branches, reverse=True):
-        result += _long_first(branches[depth], arrays)
+        array = arrays[index]
+        link, previous = shared_prefix(previous, array), array
+        _close(path, link)
+        if path[-1].depth == len(array):
+            path[-1].own.append(index)
+        else:
+            path.append(_Branch(len(array), [index], []))
+            path[-2].below.append(path[-1])
+    root = path[0]
+    _close(path, -1)
+    result: list[int] = []
+    waiting: list[_Branch | list[int]] = [root]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, list):
+            result += part
+        else:
+            part.below.reverse()  # the stack gives the longest branch first, and of equally long ones the first
+            part.below.sort(key=lambda branch: branch.longest)
+            waiting += [part.own, *part.below]
     return result
+
+
+def _close(path: list[_Branch], depth: int) -> None:
+    """Leaves the branches of a path that are deeper than ``depth``; what parts there from the path gets a branch."""
+    while path and path[-1].depth > depth:
+        branch = path.pop()
+        branch.longest = max([branch.depth, *(below.longest for below in branch.below)])
+        if path and path[-1].depth < depth:
+            path[-1].below[-1] = _Branch(depth, [], [branch])
+            path.append(path[-1].below[-1])

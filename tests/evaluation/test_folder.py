@@ -273,6 +273,30 @@ def test_an_exported_model_has_our_logits_in_transformers(run: Path, world: Path
     assert "is not empty" in again.stderr
 
 
+def test_pairs_are_exported_by_the_rules_of_llama_factorys_converter(run: Path, tmp_path: Path) -> None:
+    """Of its ranking data in sharegpt form: an odd number of turns, humans and models in turn, two answers of a model."""
+    files = [str(run / stage / "pairs.jsonl") for stage in ("M1", "M2")]
+    done = example("export", "pairs", *files, "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    ((name, description),) = read_json(tmp_path / "out" / "dataset_info.json").items()
+    assert description["ranking"] is True
+    assert description["formatting"] == "sharegpt"
+    pairs = [pair for file in files for pair in records(Path(file))]
+    exported = read_json(tmp_path / "out" / description["file_name"])
+    assert len(exported) == len(pairs)
+    assert f"dataset: {name}" in done.stdout
+    for record, pair in zip(exported, pairs):
+        assert set(record) == set(description["columns"].values())
+        turns = record["conversations"]
+        assert len(turns) % 2 == 1
+        assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2) + ["human"]
+        assert [record[side]["from"] for side in ("chosen", "rejected")] == ["gpt", "gpt"]
+        texts = [pair["prompt"][0]["content"], *(message["content"] for message in pair["prompt"][1:])]
+        assert [record["system"], *(turn["value"] for turn in turns)] == texts
+        assert record["chosen"]["value"] == pair["chosen"][0]["content"]
+    assert "is not empty" in example("export", "pairs", *files, "--out", str(tmp_path / "out")).stderr
+
+
 # --- examples/chat.py -------------------------------------------------------------------------------------------------
 
 

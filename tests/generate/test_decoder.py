@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from selfevo.generate import adapters as adapters_room
 from selfevo.generate import decoder as generate_room
 from selfevo.generate.adapters import decoding_layers
 from selfevo.generate.cache import Prefix, SlotCache
-from selfevo.generate.sampling import draw, logits_to_probs, remember, topk_by_groups, uniform_noise
+from selfevo.generate.sampling import _mix_int, draw, logits_to_probs, remember, topk_by_groups, uniform_noise
 from selfevo.generate.shared_cache import RowGroups, attend_shared, attention_bias, similar_runs
 from selfevo.lora import LoRALinear, disable_adapters, freeze_adapter, inject_lora, lora_parameters, remove_adapters
 from selfevo.models import Transformer, load_model, save_pretrained
@@ -113,6 +114,56 @@ def test_scores_that_tie_with_the_kth_survive_top_k() -> None:
     logits = torch.tensor([[1.0, 3.0, 1.0, 1.0, 0.0]]).t()
     probs, ids = logits_to_probs(logits, temperature=1.0, top_k=2, top_p=1.0)
     assert sorted(ids[0][probs[0] > 0].tolist()) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("ties", [1, 16, 17, 18, 33, 100, 400])
+def test_ties_with_the_kth_are_followed_to_their_end_and_no_further(ties: int) -> None:
+    """More ties than are looked at at first; what is just below them stays out."""
+    logits = torch.full((600,), -5.0)
+    logits[100], logits[200 : 200 + ties], logits[150] = 3.0, 1.0, 0.999
+    probs, ids = logits_to_probs(logits[:, None], temperature=1.0, top_k=2, top_p=1.0)
+    kept = sorted(ids[0][probs[0] > 0].tolist())
+    assert kept == [100, *range(200, 200 + ties)]
+
+
+def test_the_random_draws_are_those_of_splitmix64_for_all_versions() -> None:
+    """The published first outputs of the generator from seed 1234567, and a few numbers of our own: the same seed gives
+    the same reply in every version."""
+    golden, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
+    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert [_mix_int(1234567 + place * golden) & mask for place in range(4)] == published
+    noise = uniform_noise(0, torch.tensor([0, 1, 7]), torch.tensor([0, 0, 3]))
+    assert noise.tolist() == [0.1296456182997474, 0.8193382636014529, 0.7793716443715984]
+    assert uniform_noise(123456789, torch.tensor([5]), torch.tensor([2])).item() == 0.7652857527442385
+    assert uniform_noise(2**63 - 1, torch.tensor([2**40]), torch.tensor([9])).item() == 0.9839944622417396
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-12, 1e-6])
+def test_temperatures_near_0_are_greedy(temperature: float) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 8, "repetition_penalty": 1.0}
+    greedy = generate(tiny_model(), PROMPTS, temperature=0.0, **options)
+    assert generate(tiny_model(), PROMPTS, temperature=temperature, **options) == greedy
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_end_in_one_sentence(bad: float) -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[5, 3] = bad
+    with pytest.raises(FloatingPointError, match="the model's logits are not finite"):
+        generate(model, PROMPTS, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("stops", [(1, 2, 3), {1, 2, 3}, torch.tensor([1, 2, 3]), np.array([3, 2, 1]), range(1, 4)])
+def test_any_container_of_integers_stops(stops: Any) -> None:
+    expected = generate(tiny_model(), PROMPTS, max_new_tokens=20, stop_ids=[1, 2, 3], seed=3)
+    assert generate(tiny_model(), PROMPTS, max_new_tokens=20, stop_ids=stops, seed=3) == expected
+
+
+def test_a_prompt_may_be_given_thousands_of_times() -> None:
+    replies = generate(tiny_model(), [[1, 2, 3]] * 3000, max_new_tokens=1, batch_size=512)
+    assert len(replies) == 3000
+    assert len({tuple(reply) for reply in replies}) > 5
 
 
 def test_top_p_keeps_the_smallest_set_that_reaches_p_and_at_least_one() -> None:
@@ -350,6 +401,12 @@ def test_training_mode_is_restored_and_an_empty_list_is_an_empty_list() -> None:
     [
         ({"prompts": [[1], []]}, "prompt 1 has no tokens"),
         ({"prompts": [[61]]}, "prompt 0: token ids"),
+        ({"prompts": [1, 2, 3], "keys": [1, 2, 3]}, "prompt 0 should be a list of token ids, not 1"),
+        ({"prompts": [[[1, 2], [3, 4]]]}, "prompt 0 should be a list of token ids"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_p": float("nan")}, "top_p"),
+        ({"repetition_penalty": float("inf")}, "repetition_penalty"),
         ({"prompts": [[1] * 250]}, "prompt 0: 250 tokens and 10 new ones do not fit"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"temperature": -1.0}, "temperature"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
@@ -33,6 +34,24 @@ def tree_mask(trie: TokenTrie) -> TreeMask:
 
 def dense(trie: TokenTrie) -> torch.Tensor:
     return tree_mask(trie).dense
+
+
+@pytest.mark.parametrize("kind", ["equal", "random", "one-token replies", "nested"])
+def test_tries_and_packs_of_very_many_sequences_are_built_without_recursion(kind: str) -> None:
+    generator = np.random.default_rng(0)
+    sequences = {
+        "equal": [np.arange(20)] * 20_000,
+        "random": list(generator.integers(0, 50, (20_000, 20))),
+        "one-token replies": [np.array([1, 2, 3, last]) for last in range(20_000)],
+        "nested": [np.arange(length) for length in range(1, 2001)],
+    }[kind]
+    trie = build_trie(sequences)
+    distinct = {tuple(sequence[: n + 1]) for sequence in sequences[:50] for n in range(len(sequence))}
+    assert len(trie) >= len(distinct)
+    for index in (0, 7, len(sequences) - 1):
+        assert trie.tokens[torch.from_numpy(trie.paths[index])].tolist() == list(sequences[index])
+    packs = pack([[sequence] for sequence in sequences], 4096)
+    assert sorted(index for members in packs for index in members) == list(range(len(sequences)))
 
 
 @given(sequences=st.lists(ids, min_size=1, max_size=12))
