@@ -4,9 +4,9 @@
     python examples/export.py pairs RUN/M1/pairs.jsonl [...] --out DIR                preference pairs for LLaMA-Factory
 
 A model is an ordinary checkpoint in Hugging Face layout, for transformers, vLLM and lm-evaluation-harness. The adapter
-is folded into the weights in float32, which are then rounded to the backbone's dtype. A bfloat16 weight swallows much of
-a small update: what was lost is printed, and --dtype float32 keeps it all. Or leave the adapter as it is: PEFT loads it
-beside the backbone.
+is folded into the weights in float32, which are then rounded to the backbone's dtype. A bfloat16 weight swallows much
+of a small update: what was lost is printed, and --dtype float32 keeps it all. Or leave the adapter as it is: PEFT loads
+it beside the backbone.
 Pairs go into one file in the ranking form of LLaMA-Factory's sharegpt layout, beside a dataset_info.json that describes
 it; TRL loads pairs.jsonl as it is.
 """

@@ -337,9 +337,7 @@ def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], config: dict[st
             if own is None:
                 raise ValueError(f"{path}: {key} belongs to no linear layer of the model")
             if own.shape != tensors[key].shape or not torch.equal(own.detach().cpu(), tensors[key].to(own.dtype)):
-                raise ValueError(
-                    f"{path}: {key} was trained along, which is more than LoRA: it differs from the model's"
-                )
+                raise ValueError(f"{path}: {key} differs from the model's: it was trained too, which is more than LoRA")
             continue
         if key not in tensors:
             raise ValueError(f"{path}: {key} is missing")

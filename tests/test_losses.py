@@ -567,21 +567,13 @@ def test_every_argument_of_the_loss_matters() -> None:
 
 def test_the_defaults_are_the_papers() -> None:
     """beta 0.1 and gamma 1; labels of -100 are left out; without lengths the SFT term is a sum (Eq. 7 as printed)."""
-    rows = (
-        torch.tensor([-4.0, -6.0]),
-        torch.tensor([-5.0, -3.0]),
-        torch.tensor([-4.5, -5.0]),
-        torch.tensor([-5.0, -4.0]),
-    )
-    margins = torch.tensor([0.1 * (0.5 - 0.0), 0.1 * (-1.0 - 1.0)])
-    dpo, sft = torch.nn.functional.softplus(-margins).mean(), torch.tensor(5.0)
-    result = dpo_sft_loss(*rows)
-    torch.testing.assert_close(result.loss, dpo + sft)
+    rows = [torch.tensor(row) for row in ([-4.0, -6.0], [-5.0, -3.0], [-4.5, -5.0], [-5.0, -4.0])]
+    dpo, sft = F.softplus(-0.1 * torch.tensor([0.5 - 0.0, -1.0 - 1.0])).mean(), torch.tensor(5.0)
+    torch.testing.assert_close(dpo_sft_loss(*rows).loss, dpo + sft)
     torch.testing.assert_close(dpo_loss(*rows), dpo)
-    logits = torch.randn(1, 4, 7)
-    sums, lengths = sequence_logps(logits, torch.tensor([[1, 2, -100, 3]]))
-    assert lengths.tolist() == [2]
-    torch.testing.assert_close(sums, sequence_logps(logits, torch.tensor([[1, 2, -100, 3]]), ignore_index=-100)[0])
+    logits, labels = torch.randn(1, 4, 7), torch.tensor([[1, 2, -100, 3]])
+    expected = logits.log_softmax(2)[0, 0, 2] + logits.log_softmax(2)[0, 2, 3]
+    torch.testing.assert_close(sequence_logps(logits, labels)[0], expected)
 
 
 def test_bad_input_is_refused() -> None:

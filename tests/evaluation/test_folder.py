@@ -274,7 +274,7 @@ def test_an_exported_model_has_our_logits_in_transformers(run: Path, world: Path
 
 
 def test_pairs_are_exported_by_the_rules_of_llama_factorys_converter(run: Path, tmp_path: Path) -> None:
-    """Of its ranking data in sharegpt form: an odd number of turns, humans and models in turn, two answers of a model."""
+    """Of ranking data in sharegpt form: an odd number of turns, humans and models in turn, two answers."""
     files = [str(run / stage / "pairs.jsonl") for stage in ("M1", "M2")]
     done = example("export", "pairs", *files, "--out", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
