@@ -1,7 +1,6 @@
 """A checkpoint's own template: the ids of transformers, contents that stay text, and what is refused.
 
-The templates are ours; they write the formats of Qwen2.5 and Hermes (ChatML), Llama-3.1 and 3.2, TinyLlama and Zephyr,
-and Mistral, in the ways in which published templates are written.
+The templates write the formats of Qwen2.5 and Hermes (ChatML), Llama-3.1 and 3.2, TinyLlama and Zephyr, and Mistral.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_templates import CHATML, LLAMA31, MISTRAL, ZEPHYR
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,53 +22,6 @@ from selfevo.models import ChatTokenizer, TokenizerError, load_tokenizer, save_p
 from selfevo.models.chat import ChatError
 from selfevo.models.chat_template import TemplateChat
 
-CHATML = """{%- if messages[0]['role'] == 'system' -%}
-    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
-{%- else -%}
-    {{- '<|im_start|>system\\nYou are Q, an assistant.<|im_end|>\\n' }}
-{%- endif %}
-{%- for message in messages %}
-    {%- if message.role == 'user' or message.role == 'assistant' or (message.role == 'system' and not loop.first) %}
-        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
-    {%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|im_start|>assistant\\n' }}
-{%- endif %}
-"""
-LLAMA31 = """{{- bos_token }}
-{%- if not date_string is defined %}{%- if strftime_now is defined %}
-{%- set date_string = strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}
-{%- endif %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content']|trim %}{%- set messages = messages[1:] %}
-{%- else %}{%- set system_message = "" %}{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{{- "Cutting Knowledge Date: December 2023\\nToday Date: " + date_string + "\\n\\n" }}
-{{- system_message }}
-{{- "<|eot_id|>" }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
-"""
-# Roles as plain words, turns that end with </s>, as TinyLlama and Zephyr write them.
-ZEPHYR = """{% for message in messages %}
-{% if message['role'] == 'user' %}
-{{ '<|user|>\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'system' %}
-{{ '<|system|>\n' + message['content'] + eos_token }}
-{% elif message['role'] == 'assistant' %}
-{% generation %}{{ '<|assistant|>\n'  + message['content'] + eos_token }}{% endgeneration %}
-{% endif %}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}"""
-MISTRAL = """{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
-{{ raise_exception('user and assistant take turns') }}{% endif %}
-{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '[/INST]' }}
-{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"""
 CASES = {
     "chatml": ("qwen2", CHATML), "llama-3.1": ("llama3", LLAMA31), "zephyr": ("mistral-v0.3", ZEPHYR),
     "mistral": ("mistral-v0.3", MISTRAL),
