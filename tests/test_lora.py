@@ -851,6 +851,14 @@ def test_embeddings_that_a_file_holds_too_must_be_those_of_the_model(tmp_path: P
         load_adapter(llama(), tmp_path)
 
 
+def test_a_hub_id_works_as_a_folder_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = peft_saved(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda source, revision, allow_patterns: str(tmp_path))
+    model = llama()
+    load_adapter(model, "somebody/some-adapter")
+    assert largest_difference(logits(model), expected) < 1e-5
+
+
 def test_a_pickled_adapter_is_named_with_the_way_to_convert_it(tmp_path: Path) -> None:
     peft_saved(tmp_path)
     (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")

@@ -118,13 +118,13 @@ def check_run(config: RunConfig, *, resume: bool) -> None:
 
 
 def _compare_settings(run: Path, stored: dict[str, Any], current: dict[str, Any], kind: type) -> None:
-    """A setting that the run's version did not have must have its default; one that we do not have is refused."""
+    """A setting that the run's version did not have must have its default; one that we do not have must be off."""
     for name, leaf in leaves(kind).items():
         known = stored.get(name, _as_json(leaf.default))
         if name != "out" and current[name] != known:
             message = f"holds a run with other settings ({name} was {known!r}, now {current[name]!r})"
             raise RunError(f"{run}: {message}; choose another --out")
-    unknown = sorted(set(stored) - set(current))
+    unknown = sorted(name for name in set(stored) - set(current) if stored[name] not in (None, False, 0, "", []))
     if unknown:
         raise RunError(f"{run}: holds a run with settings unknown to this version ({', '.join(unknown)})")
 

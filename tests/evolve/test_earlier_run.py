@@ -72,6 +72,11 @@ def test_other_settings_are_refused_and_new_ones_must_have_their_defaults(run: P
     assert read_settings(run, EvolveConfig).adapter.rank == 1  # to look at it, unknown ones do not matter
     with pytest.raises(RunError, match=r"settings unknown to this version \(later\)"):
         evolve(configuration(run), resume=True)
+    stamp["settings"]["later"] = False  # a later version's, and not in use
+    (run / "config.json").write_text(json.dumps(stamp))
+    evolve(configuration(run), resume=True)
+    assert example("report", str(run)).returncode == 0
+    assert example("chat", str(run), said="I lost my job.\n\n").returncode == 0
 
 
 def test_unfinished_it_is_not_continued_because_other_dialogues_would_be_held_out(run: Path) -> None:

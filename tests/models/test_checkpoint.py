@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import subprocess
 import sys
@@ -360,6 +361,22 @@ def test_a_missing_checkpoint_is_one_sentence(tmp_path: Path) -> None:
         load_model(tmp_path / "nowhere")
     with pytest.raises(FileError, match=r"config\.json: there is no such file"):
         load_model(tmp_path)
+
+
+def test_only_the_weights_that_are_needed_are_fetched(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mistral's repository holds its weights twice, the second time as consolidated.safetensors."""
+    asked: list[list[str]] = []
+
+    def fetch(source: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(checkpoint)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    load_model("somebody/some-model")
+    files = ["config.json", "model.safetensors", "model-00001-of-00003.safetensors", "model.safetensors.index.json"]
+    others = ["consolidated.safetensors", "pytorch_model.bin", "original/consolidated.00.pth", "README.md"]
+    wanted = [file for file in files + others if any(fnmatch.fnmatch(file, pattern) for pattern in asked[0])]
+    assert wanted == files
 
 
 def test_a_hub_id_that_cannot_be_fetched_gives_the_hubs_own_words() -> None:
