@@ -3,7 +3,8 @@
     make run | tee /dev/stderr | python docs/make_picture.py docs/run.svg
     python -m examples.embedded.show RUN | python docs/make_picture.py docs/run.svg
 
-The bars are the share of a user's facts that replies take up; the replies are those to the last of the sample users.
+The bars are the share of a user's facts that replies take up; the replies are those to the last of the sample users
+whose lines fit.
 """
 
 from __future__ import annotations
@@ -14,19 +15,26 @@ from html import escape
 from pathlib import Path
 
 WIDTH, HEIGHT, LEFT, TOP, BAR, FULL = 960, 316, 28, 104, 30, 220
+WIDEST = 80  # characters of a line
 COLOURS = ("#8c959f", "#54aeff", "#0969da")
 TEXT, FAINT, TRACK = "#1f2328", "#59636e", "#eaeef2"
 
 
 def read(printed: str) -> tuple[dict[str, float], str, str, dict[str, str]]:
-    """Rates in % by model; of the last sample what the user has told, what they say, and every model's reply."""
-    rates = re.findall(r"^\| (\w+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|$", printed, re.MULTILINE)
-    told, sample = re.split(r"^the user has told: ", printed, flags=re.MULTILINE)[-1].split("\n", 1)
-    said = re.search(r"^user: (.*)$", sample, re.MULTILINE)
-    replies = re.findall(r"^  (\w+): (.*)$", sample, re.MULTILINE)
-    if not rates or said is None or [name for name, _ in rates] != [name for name, _ in replies]:
+    """Rates in % by model; of the last sample that fits what the user has told, what they say, and every reply."""
+    rates = {
+        name: float(value)
+        for name, value in re.findall(r"^\| (M\d+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|$", printed, re.MULTILINE)
+    }
+    samples = []
+    for sample in re.split(r"^the user has told: ", printed, flags=re.MULTILINE)[1:]:
+        told, said = re.match(r"(.*)\nuser: (.*)\n", sample + "\n").groups()  # type: ignore[union-attr]
+        replies = dict(re.findall(r"^  (M\d+): (.*)$", sample, re.MULTILINE))
+        samples.append((told, said, replies))
+    fitting = [one for one in samples if max(map(len, (one[0], one[1], *one[2].values()))) <= WIDEST]
+    if not rates or not samples or any(replies.keys() != rates.keys() for _, _, replies in samples):
         raise ValueError("this is not what a run on the embedded default prints")
-    return {name: float(value) for name, value in rates}, told, said[1], dict(replies)
+    return (rates, *(fitting or samples)[-1])
 
 
 def text(x: float, y: float, content: str, *, size: int = 14, fill: str = TEXT, more: str = "") -> str:
@@ -57,7 +65,7 @@ def draw(rates: dict[str, float], told: str, said: str, replies: dict[str, str])
             text(x + FULL + 8, middle, f"{rate:.1f}"),
             f'<rect x="{right}" y="{y + 8}" width="4" height="{BAR + 14}" rx="2" fill="{colour}"/>',
             text(right + 14, y + 20, name, size=13, fill=FAINT),
-            text(right + 14, y + 42, replies[name]),
+            text(right + 14, y + 42, replies[name], size=13),
         ]
     note = "M0: trained on human dialogues. M1, M2: after one and two rounds of reflecting on its own replies."
     parts += [text(LEFT, HEIGHT - 18, note, size=13, fill=FAINT), "</svg>"]

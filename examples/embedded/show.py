@@ -51,7 +51,8 @@ def score(texts: Sequence[str], contexts: Sequence[list[dict[str, str]]]) -> dic
 
 
 def describe(run: Path) -> str:
-    """A Markdown table of personalisation per model, and three sample replies of each to the same users."""
+    """A Markdown table of personalisation per model, and three sample replies of each to the same users, where all of
+    the models' replies differ."""
     examples, replies = read_replies(run)
     lines = [
         "| model | facts of this user taken up, of those told, % | replies that take one up, % "
@@ -60,8 +61,9 @@ def describe(run: Path) -> str:
     ]
     for name, values in rates(run).items():
         lines.append(f"| {name} | " + " | ".join(f"{value:.1f}" for value in values.values()) + " |")
-    step = max(1, len(examples) // SAMPLES)
-    for index in range(step // 2, len(examples), step)[:SAMPLES]:
+    differing = [i for i in range(len(examples)) if len({own[i] for own in replies.values()}) == len(replies)]
+    step = max(1, len(differing) // SAMPLES)
+    for index in differing[step // 2 :: step][:SAMPLES]:
         told = world.facts_revealed(to_messages(examples[index].context))
         known = ", ".join(f"{kind} {value}" for kind, value in told.items()) or "nothing yet"
         lines += ["", f"the user has told: {known}", f"user: {examples[index].context[-1].text}"]

@@ -36,7 +36,7 @@ class BackboneSettings:
     dtype: Annotated[str, "weights: auto is bfloat16 on a GPU, float32 on a CPU", DTYPES] = "auto"
     device: Annotated[str, "auto takes a GPU where there is one"] = "auto"
     revision: Annotated[str, "revision of a hub id"] = ""
-    chat_format: Annotated[str, "llama3, qwen2, mistral or plain, where the backbone's own template is unknown"] = ""
+    chat_format: Annotated[str, "llama3, qwen2, mistral or plain, in place of the backbone's own template"] = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
