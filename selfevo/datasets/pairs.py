@@ -33,8 +33,7 @@ class Pair:
         """The conversational preference format that TRL loads, with further fields of our own."""
         own = {name: getattr(self, name) for name in _OWN_FIELDS}
         chosen, rejected = ([{"role": "assistant", "content": text}] for text in (self.chosen, self.rejected))
-        cut = {"rejected_cut": True} if self.rejected_cut else {}
-        return {"prompt": self.prompt, "chosen": chosen, "rejected": rejected, **own, **cut}
+        return {"prompt": self.prompt, "chosen": chosen, "rejected": rejected, "rejected_cut": self.rejected_cut, **own}
 
 
 def read_pairs(path: Path) -> list[Pair]:

@@ -22,7 +22,7 @@ from selfevo.evaluation import compare
 from selfevo.evaluation.folder import read_answers, read_examples, write_examples
 from selfevo.evaluation.score import compare_models, missing_scores, score_answers
 from selfevo.files import FileError, read_json, read_jsonl, write_jsonl
-from selfevo.lora import load_adapter
+from selfevo.lora import inject_lora, load_adapter, save_adapter
 from selfevo.models import load_model
 
 
@@ -271,6 +271,33 @@ def test_an_exported_model_has_our_logits_in_transformers(run: Path, world: Path
     again = example("export", *arguments)
     assert again.returncode == 1
     assert "is not empty" in again.stderr
+
+
+def test_an_export_trains_in_trl_as_it_is(tmp_path: Path, run: Path) -> None:
+    """The embedded backbone with the adapters of a run of it, on pairs of ours."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    root = ITERATE.parents[1]
+    arguments = ["--backbone", str(root / "examples" / "embedded" / "backbone"), "--out", str(tmp_path / "out")]
+    adapter = tmp_path / "adapter"
+    model = load_model(root / "examples" / "embedded" / "backbone")
+    inject_lora(model)
+    save_adapter(model, adapter)
+    done = example("export", *arguments, "--adapter", str(adapter))
+    assert done.returncode == 0, done.stderr
+    data = load_dataset("json", data_files=str(run / "M1" / "pairs.jsonl"), split="train", cache_dir=str(tmp_path))
+    config = DPOConfig(
+        output_dir=str(tmp_path / "trl"), max_steps=1, per_device_train_batch_size=2, report_to=[], use_cpu=True,
+        bf16=False, save_strategy="no",
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), args=config,
+        train_dataset=data.select_columns(["prompt", "chosen", "rejected"]),
+        processing_class=AutoTokenizer.from_pretrained(tmp_path / "out"),
+    )  # fmt: skip
+    assert np.isfinite(trainer.train().training_loss)
 
 
 def test_pairs_are_exported_by_the_rules_of_llama_factorys_converter(run: Path, tmp_path: Path) -> None:

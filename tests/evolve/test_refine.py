@@ -25,6 +25,7 @@ from selfevo.files import FileError, write_jsonl
 from selfevo.generate import Reply, Sampling, generate, sample_replies
 from selfevo.generate import replies as replies_room
 from selfevo.models import ChatTokenizer, Transformer, load_tokenizer
+from selfevo.training.examples import encode_pairs
 
 WHOLE = {
     "understanding": {"profile": "nurse", "emotion": "sad", "personality": "shy", "intention": "comfort"},
@@ -203,6 +204,50 @@ def test_what_makes_no_pair_is_dropped_and_counted(reply: Reply, refined: str | 
     assert pairs == []
     assert counts[rule] == 1
     assert counts["pairs"] == 0
+
+
+def test_a_rejected_reply_that_the_limit_cut_gets_no_end(shared: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(shared / "tokenizers" / "qwen2")
+    counts: Counter[str] = Counter()
+    example = Example("d", 1, (Turn("seeker", "I am sad."),), Turn("supporter", "Tell me more."))
+    for cut in (False, True):
+        pairs = filter_pairs([example], [CONVERSATION], [Reply("It is", cut=cut)], None, counts)
+        path = tmp_path / "pairs.jsonl"
+        write_jsonl(path, [pair.as_record() for pair in pairs])
+        _, (ids,) = encode_pairs(tokenizer, read_pairs(path), 1000)
+        assert (ids.rejected[-1] == tokenizer.stop_ids[0]) != cut
+        assert ids.chosen[-1] == tokenizer.stop_ids[0]
+        (swapped,) = controlled(read_pairs(path), "swapped")
+        assert not swapped.rejected_cut
+
+
+def test_half_a_character_at_the_limit_is_left_out(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(shared / "tokenizers" / "qwen2")
+    whole = tokenizer.encode("It is hard 𝕳")
+    assert tokenizer.decode(whole[:-1]).endswith("\ufffd")
+
+    def cut(model: Any, prompts: Any, *, on_reply: Any, **_: Any) -> None:
+        on_reply(0, whole[:-1])
+
+    monkeypatch.setattr(replies_room, "generate", cut)
+    model = tiny_model(vocab_size=tokenizer.vocab_size, max_positions=4096)
+    limit = len(whole) - 1
+    (reply,) = sample_replies(
+        model, tokenizer, [CONVERSATION], tmp_path / "a", sampling=Sampling(), max_new_tokens=limit
+    )
+    assert (reply.text, reply.cut) == ("It is hard", True)
+
+
+def test_a_long_conversation_is_cut_to_the_window_in_few_steps(shared: Path) -> None:
+    tokenizer = load_tokenizer(shared / "tokenizers" / "qwen2")
+    spoken = [{"role": role, "content": f"Turn {n}."} for n in range(2000) for role in ("user", "assistant")]
+    counted = Mock(wraps=tokenizer)
+    fitted = fit_prompt(counted, [*spoken, CONVERSATION[-1]], 500)
+    assert counted.encode_chat.call_count < 16
+    assert fitted.ids is not None
+    assert 480 < len(fitted.ids) <= 500
 
 
 def test_cut_replies_and_contexts_are_counted() -> None:
