@@ -94,7 +94,10 @@ def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
         for kind in (*PAPER_STYLES, "refine"):
             settings = config.test_replies if kind == "refine" else replace(config.test_replies, style=kind)
             name = f"{stage}-{kind}"
-            values = evaluate_model(model, tokenizer, examples, folder, name, settings, refining=kind == "refine")
+            values = evaluate_model(
+                model, tokenizer, examples, folder, name, settings,
+                source=f"{config.backbone.source}@{stage}", refining=kind == "refine",
+            )  # fmt: skip
             texts = [record["text"] or "" for record in read_jsonl(folder / f"{name}.replies.jsonl")]
             rates = show.score(texts, contexts) if iterate.is_embedded(config) else {}
             table[f"{stage}, {kind}"] = rates | values

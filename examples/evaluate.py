@@ -16,6 +16,7 @@ paper's Table 3): every model answers under each. Where chosen replies come from
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from dataclasses import replace
 from itertools import pairwise
@@ -32,12 +33,13 @@ from selfevo.evaluation.folder import answered_models, read_examples
 from selfevo.evaluation.score import compare_models, missing_scores, score_answers
 from selfevo.evaluation.tables import interval_table, significance_table
 from selfevo.evolve import DataSettings, EvolveConfig, RunError, load_backbone
-from selfevo.evolve.evaluate import evaluate_model
+from selfevo.evolve.evaluate import evaluate_model, is_answered
 from selfevo.evolve.settings import compose, leaves
 from selfevo.files import read_json, write_text
 from selfevo.lora import load_adapter, remove_adapters
 from selfevo.training import keep_freed_memory
 
+_NAME = re.compile(r"\w[\w .+-]*")  # names become names of files and cells of tables
 PROMPTS = (*REPLY_STYLES, "refine")
 # The settings of iterate.py that say how replies are drawn and where; a run's own are taken where it has them.
 OF_REPLIES = (
@@ -96,16 +98,21 @@ def ask(entry: str, prompts: list[str], config: EvolveConfig, examples: list[Exa
     backbone, _, adapter = source.partition("@")
     if not name or not backbone:
         raise RunError(f"--model {entry}: expected NAME=BACKBONE or NAME=BACKBONE@ADAPTER")
-    names = {prompt: name if len(prompts) == 1 else f"{name}-{prompt}" for prompt in prompts}
-    if all((folder / f"{named}.json").is_file() for named in names.values()):
+    if not _NAME.fullmatch(name):
+        raise RunError(f"--model {entry}: a name may have letters, digits, spaces and . _ + -, not {name!r}")
+    asked = []
+    for prompt in prompts:
+        settings = config.test_replies if prompt == "refine" else replace(config.test_replies, style=prompt)
+        asked.append((name if len(prompts) == 1 else f"{name}-{prompt}", settings, prompt == "refine"))
+    answered = [is_answered(folder, named, settings, source, refining) for named, settings, refining in asked]
+    if all(answered):
         return
     model, tokenizer = load_backbone(replace(config.backbone, source=backbone))
     remove_adapters(model)
     if adapter:
         load_adapter(model, adapter)
-    for prompt, named in names.items():
-        settings = config.test_replies if prompt == "refine" else replace(config.test_replies, style=prompt)
-        evaluate_model(model, tokenizer, examples, folder, named, settings, refining=prompt == "refine")
+    for named, settings, refining in asked:
+        evaluate_model(model, tokenizer, examples, folder, named, settings, source=source, refining=refining)
 
 
 def main() -> int:

@@ -154,4 +154,5 @@ def _evaluate(context: RunContext, name: str) -> dict[str, float]:
     if not (folder / f"{name}.json").is_file():
         _put_on(context, name)
     settings = context.config.test_replies
-    return evaluate_model(context.model, context.tokenizer, context.corpus.test, folder, name, settings)
+    source = context.config.backbone.source + ("" if name == VANILLA else f"@{name}")
+    return evaluate_model(context.model, context.tokenizer, context.corpus.test, folder, name, settings, source=source)

@@ -37,7 +37,8 @@ def test_a_run_leaves_every_file_of_the_layout(finished: Path) -> None:
     for name in ("M0", "M1", "M2"):
         expected |= {f"{name}/adapter_config.json", f"{name}/adapter_model.safetensors", f"{name}/metrics.jsonl"}
     for name in ("vanilla", "M0", "M1", "M2"):
-        expected |= {f"eval/{name}.json", f"eval/{name}.replies.jsonl", f"eval/{name}.values.jsonl"}
+        kinds = ("json", "replies.jsonl", "values.jsonl", "request.json")
+        expected |= {f"eval/{name}.{kind}" for kind in kinds}
     for name in ("M1", "M2"):
         expected |= {f"{name}/{file}" for file in ("pairs.jsonl", "filter.json", "reference.json", "replies.jsonl")}
         expected |= {f"{name}/reflections-{attempt}.jsonl" for attempt in (1, 2)}
