@@ -7,13 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from selfevo.models.model_config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -80,18 +76,16 @@ class YarnRope:
 RopeScaling = LinearRope | DynamicRope | Llama3Rope | YarnRope
 
 
-def rope_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    positions: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """Positions (B, T) -> cosines and sines, each (B, 1, T, E), computed in float32 and rounded once."""
-    angles = positions[..., None].float() * rope_frequencies(config, positions.device)
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
+    frequencies = 1.0 / theta**exponents
+    if scaling is not None:
+        frequencies = scaling.scale(frequencies, theta)
+    angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)[:, None]
-    size = config.rope_scaling.attention_factor if isinstance(config.rope_scaling, YarnRope) else 1.0
+    size = scaling.attention_factor if isinstance(scaling, YarnRope) else 1.0
     cosines, sines = (table if size == 1.0 else table * size for table in (angles.cos(), angles.sin()))
     return cosines.to(dtype), sines.to(dtype)
-
-
-def rope_frequencies(config: ModelConfig, device: torch.device) -> Tensor:
-    """Angular frequency of each pair of head dimensions: (E/2,) float32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    return frequencies if scaling is None else scaling.scale(frequencies, config.rope_theta)

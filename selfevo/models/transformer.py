@@ -57,7 +57,8 @@ class Transformer(nn.Module):
         positions = _positions(tokens, positions)
         context = context or Causal(positions)
         x = self.model.embed_tokens(tokens)
-        rope = rope_tables(self.config, positions, x.dtype)
+        config = self.config
+        rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling, x.dtype)
         for block in self.model.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, context, use_reentrant=False)
