@@ -117,10 +117,10 @@ def test_lessons_reflect_truly() -> None:
         turn = len(dialogue.turns) - 1
         known = dialogue.known(turn)
         written = json.loads(lessons.reflection(rng, known, "I see.", dialogue.turns[turn].reveals))
-        assert world.facts_mentioned(written["understanding"]["profile"]) == {
+        assert world.facts_mentioned(written["understanding"]["user_profile"]) == {
             kind: {value} for kind, value in dialogue.facts(turn).items()
         }
-        assert written["understanding"]["emotion"] == dialogue.user.emotion
+        assert written["understanding"]["user_emotion"] == dialogue.user.emotion
         assert world.personalisation(written["refined_response"], dialogue.messages(turn)).wrong == 0
 
 
