@@ -82,6 +82,15 @@ def test_a_training_sequence_is_what_the_conversation_with_the_reply_encodes_to(
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "story"])
+@pytest.mark.parametrize("text", ["\nhi", "\n\n hi", " hi", "hi\n", "\u2028hi", ""])
+def test_a_reply_has_the_same_ids_in_history_as_after_its_prompt(shared: Path, name: str, text: str) -> None:
+    tokenizer = tokenizer_of(shared, name)
+    messages = [{"role": "user", "content": "I lost my job."}, {"role": "assistant", "content": text}]
+    sequence = tokenizer.encode_chat(messages[:1]) + tokenizer.encode_reply(text)
+    assert tokenizer.encode_chat(messages, add_generation_prompt=False)[: len(sequence)] == sequence
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "story"])
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_text_never_becomes_a_special_token(shared: Path, name: str, data: st.DataObject) -> None:
