@@ -2,7 +2,7 @@
 
     python -m examples.embedded.make --out DIR [--steps N] [--seed S] [--data-only]
 
-``data/`` and ``backbone/`` are what ``--out examples/embedded`` makes (seed 0, 4,600 steps, 40 minutes on one busy core;
+``data/`` and ``backbone/`` are what ``--out examples/embedded`` makes (seed 0, 4,600 steps, 40 minutes on a busy core;
 torch 2.13, whose version and processor may change the last digits of the weights); two more files of dialogues in
 ``data/`` are made by ``strategies.py``. The backbone is a Llama of 1.1 million parameters in float32, 4.6 MB. A killed
 run continues from ``DIR/checkpoint.pt``.
