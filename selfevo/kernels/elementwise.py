@@ -59,6 +59,11 @@ def widen(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def all_finite(x: Tensor) -> bool:
+    """Whether x, of any shape but empty, has neither NaN nor infinities; makes no tensor of the size of x."""
+    return bool(torch.stack(x.aminmax()).isfinite().all())
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding in the rotate-half form: x (B, H, T, E), cosines and sines (B, 1, T, E), constants."""
     first, second = x.chunk(2, dim=-1)

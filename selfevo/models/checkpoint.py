@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from selfevo.files import FileError, locate, read_json, replace_file, write_json, write_text
+from selfevo.kernels.elementwise import all_finite
 from selfevo.models import llama, mistral, qwen2
 from selfevo.models.hf_config import ConfigError, ConfigReader
 from selfevo.models.model_config import ModelConfig
@@ -171,7 +172,7 @@ def _read_tensor(path: Path, name: str, shape: torch.Size, dtype: torch.dtype | 
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}; quantised weights are not implemented")
     tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise CheckpointError(f"{path}: {name} holds NaN or infinite numbers; the file is damaged, or of a failed run")
     return tensor
 

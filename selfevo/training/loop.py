@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfevo.files import append_jsonl, replace_file, write_jsonl
+from selfevo.kernels.elementwise import all_finite
 from selfevo.lora import lora_parameters, save_adapter
 from selfevo.models.transformer import Transformer
 from selfevo.training.objectives import Objective
@@ -85,7 +86,7 @@ def train(
             bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
     if progress.best_adapter is not None:
         _assign(parameters, progress.best_adapter)
-    if not all(bool(torch.isfinite(parameter).all()) for parameter in parameters):
+    if not all(all_finite(parameter) for parameter in parameters):
         raise FloatingPointError(f"{label}: the adapter is not finite after the last step; {_DIVERGED}")
     save_adapter(model, folder, base_model=base_model)
     (folder / "checkpoint.pt").unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from selfevo.kernels.elementwise import rms_norm, rotate, swiglu
+from selfevo.kernels.elementwise import all_finite, rms_norm, rotate, swiglu
 from selfevo.kernels.lowrank import adapted_linear
 
 Step = Callable[..., Tensor]
@@ -146,3 +147,16 @@ def test_a_zero_factor_adds_exact_zeros(rows: int, dtype: torch.dtype) -> None:
     none_a, none_b = torch.empty(0, 96), torch.empty(80, 0)
     a, b = normal(8, 96, seed=2, dtype=torch.float32), torch.zeros(80, 8)
     assert torch.equal(adapted_linear(x, weight, None, none_a, none_b, a, b), F.linear(x, weight))
+
+
+@given(
+    st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from([math.nan, math.inf, -math.inf]),
+    st.integers(0, 11),
+)
+def test_one_number_that_is_not_finite_is_found(dtype: torch.dtype, bad: float, place: int) -> None:
+    values = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
+    values[0] = torch.finfo(dtype).min
+    assert all_finite(values)
+    values.view(-1)[place] = bad
+    assert not all_finite(values)
