@@ -21,6 +21,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from program import program
+
 from selfevo.evaluation.folder import VANILLA, is_stage, stage_names
 from selfevo.evaluation.report import add_table, write_report
 from selfevo.evaluation.tables import markdown_table
@@ -63,12 +65,15 @@ def measure(folder: Path, tasks: Sequence[str], options: argparse.Namespace) -> 
     from lm_eval.tasks import TaskManager
 
     chat = has_chat_template(folder)
-    found = lm_eval.simple_evaluate(
-        model="hf", model_args={"pretrained": str(folder), "dtype": options.dtype}, tasks=list(tasks),
-        num_fewshot=options.shots, limit=options.limit or None, batch_size=options.batch_size, device=options.device,
-        apply_chat_template=chat, fewshot_as_multiturn=chat, log_samples=False,
-        task_manager=TaskManager(include_path=options.include_path),
-    )  # fmt: skip
+    try:
+        found = lm_eval.simple_evaluate(
+            model="hf", model_args={"pretrained": str(folder), "dtype": options.dtype}, tasks=list(tasks),
+            num_fewshot=options.shots, limit=options.limit or None, batch_size=options.batch_size,
+            device=options.device, apply_chat_template=chat, fewshot_as_multiturn=chat, log_samples=False,
+            task_manager=TaskManager(include_path=options.include_path),
+        )  # fmt: skip
+    except KeyError as error:
+        raise ValueError(f"the harness does not know {error}; give names of its tasks, or --include-path") from error
     cells: Cells = {}
     for task in tasks:
         scores = {**found.get("groups", {}), **found["results"]}.get(task, {})
@@ -76,11 +81,11 @@ def measure(folder: Path, tasks: Sequence[str], options: argparse.Namespace) -> 
         if metric is None:
             raise ValueError(f"{task}: the harness gave none of {', '.join(METRICS)}, but {', '.join(scores)}")
         name, how = metric.split(",")
-        error = scores.get(f"{name}_stderr,{how}")
+        spread = scores.get(f"{name}_stderr,{how}")
         cells[task] = {
             "metric": metric,
             "value": 100 * scores[metric],
-            "stderr": 100 * error if isinstance(error, float) else None,
+            "stderr": 100 * spread if isinstance(spread, float) else None,
             "chat_template": chat,
         }
     return cells
@@ -134,31 +139,25 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@program(memory="lower --batch-size", interrupted="the same command continues")
 def main() -> int:
     options = parse()
     try:
-        try:
-            import lm_eval  # noqa: F401
-        except ImportError as error:
-            raise ValueError("this needs lm-evaluation-harness: pip install 'selfevo[abilities]'") from error
-        known: dict[str, Cells] = {}
-        rows: dict[str, Cells] = {}
-        for run in options.runs:
-            prefix = "" if run == options.runs[0] else f"{run.name} "
-            for name, cells in measure_run(run, options, known).items():
-                if name != VANILLA or name not in rows:
-                    rows[name if name == VANILLA else prefix + name] = cells
-        text, run = table(rows, options.tasks), options.runs[0]
-        write_text(run / "abilities.md", text + "\n")
-        values = {name: {task: cell["value"] for task, cell in cells.items()} for name, cells in rows.items()}
-        add_table(run / "eval", "abilities", "General abilities (lm-evaluation-harness), %.", values, digits=2)
-        report = write_report(run)
-    except (ValueError, OSError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise ValueError("this needs lm-evaluation-harness: pip install 'selfevo[abilities]'") from error
+    known: dict[str, Cells] = {}
+    rows: dict[str, Cells] = {}
+    for run in options.runs:
+        prefix = "" if run == options.runs[0] else f"{run.name} "
+        for name, cells in measure_run(run, options, known).items():
+            if name != VANILLA or name not in rows:
+                rows[name if name == VANILLA else prefix + name] = cells
+    text, run = table(rows, options.tasks), options.runs[0]
+    write_text(run / "abilities.md", text + "\n")
+    values = {name: {task: cell["value"] for task, cell in cells.items()} for name, cells in rows.items()}
+    add_table(run / "eval", "abilities", "General abilities (lm-evaluation-harness), %.", values, digits=2)
+    report = write_report(run)
     print(f"\n{text}\n\nalso in {run / 'abilities.md'} and {report}")
     return 0
 

@@ -30,6 +30,7 @@ from typing import Any
 
 import iterate
 from embedded import show
+from program import TRAINING, program
 
 from selfevo.datasets.prompts import PAPER_STYLES
 from selfevo.dialogue import to_messages
@@ -137,6 +138,7 @@ def make_table(what: str, seeds: list[int], base: EvolveConfig) -> str:
     return "\n\n".join([table, *(s for s in sentences if s.startswith(columns))])
 
 
+@program(memory=TRAINING, interrupted="the same command continues")
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -146,15 +148,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     own, others = parser.parse_known_args()
     path = Path(own.out) / f"{own.what}.md"
-    try:
-        table = make_table(own.what, own.seeds, iterate.parse([*others, "--out", own.out])[0])
-        write_text(path, table + "\n")
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
+    table = make_table(own.what, own.seeds, iterate.parse([*others, "--out", own.out])[0])
+    write_text(path, table + "\n")
     print(f"\n{table}\n\nalso in {path}")
     return 0
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from program import program
+
 from selfevo.datasets.encoding import fit_prompt
 from selfevo.datasets.prompts import reply_prompt
 from selfevo.decoupled import DecoupledConfig
@@ -170,6 +172,7 @@ def talk(models: Mapping[str, Callable[..., Answer]], lines: Iterator[str]) -> I
         yield "\n\n".join(shown)
 
 
+@program(memory="take a smaller backbone")
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -193,9 +196,6 @@ def main() -> int:
             kept.append(part)
             if path is not None:
                 write_text(path, "\n\n---\n\n".join(kept) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except (EOFError, KeyboardInterrupt):
         print()
     if path is not None and kept:

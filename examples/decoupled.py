@@ -28,6 +28,7 @@ from typing import Any
 
 import iterate
 from embedded import strategies
+from program import TRAINING, program
 
 from selfevo.datasets.seeds import derive_seed
 from selfevo.decoupled import DecoupledConfig, decouple
@@ -117,10 +118,10 @@ def summary(runs: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(map(mean_table, tables))
 
 
+@program(memory=TRAINING)
 def main() -> int:
-    config = None
+    config, seeds, resume = parse()
     try:
-        config, seeds, resume = parse()
         print(f"selfevo: {config.backbone.source} on {config.data.esconv}, into {config.out}", flush=True)
         keep_freed_memory()
         if not seeds:
@@ -133,13 +134,8 @@ def main() -> int:
             runs.append(run_one(own, resume=resume))
         table = summary(runs)
         write_text(Path(config.out) / "table.md", table + "\n")
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        where = "--out OUT" if config is None else f"--out {config.out}"
-        print(f"\ninterrupted; continue with: {where} --resume (and the same flags)", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"continue with: --out {config.out} --resume (and the same flags)") from stop
     print(f"\nmeans over seeds {', '.join(map(str, seeds))} (smallest to largest):\n\n{table}")
     print(f"\nalso in {Path(config.out) / 'table.md'}")
     return 0

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from program import program
+
 from selfevo.datasets import load_dialogues
 from selfevo.datasets.corpus import read_dialogues
 from selfevo.datasets.statistics import describe_dialogues
@@ -19,17 +21,14 @@ from selfevo.evaluation.tables import markdown_table
 HEAD = ("file", "sessions", "utterances a session", "words an utterance", "of seekers", "of supporters")
 
 
+@program(memory="give fewer files at once")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE", help="dialogues: ESConv, ExTES, ServeForEmo, messages")
     parser.add_argument("--raw", action="store_true", help="count dialogues as they stand in the file")
     given = parser.parse_args()
-    try:
-        read = load_dialogues if given.raw else read_dialogues
-        found = {path: describe_dialogues(read(path)).values() for path in given.files}
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    read = load_dialogues if given.raw else read_dialogues
+    found = {path: describe_dialogues(read(path)).values() for path in given.files}
     rows = {path: [f"{sessions:,}", *(f"{mean:.2f}" for mean in means)] for path, (sessions, *means) in found.items()}
     print(markdown_table(HEAD, rows))
     return 0

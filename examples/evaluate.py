@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import iterate
+from program import program
 
 from selfevo.datasets.corpus import load_test
 from selfevo.datasets.prompts import REPLY_STYLES
@@ -115,35 +116,29 @@ def ask(entry: str, prompts: list[str], config: EvolveConfig, examples: list[Exa
         evaluate_model(model, tokenizer, examples, folder, named, settings, source=source, refining=refining)
 
 
+@program(memory="lower --slots or take a smaller backbone", interrupted="the same command continues")
 def main() -> int:
     own, given = parse()
     folder = Path(own.folder) / "eval"
-    try:
-        if own.test and not own.model:
-            raise RunError("--test goes with --model: the models in the folder have answered its own test turns")
-        config = settings_of(Path(own.folder), given)
-        if own.model:
-            keep_freed_memory()
-            examples = test_turns(folder, replace(config.data, test=own.test or ""))
-            for entry in own.model:
-                ask(entry, own.prompts or [config.replies.style], config, examples, folder)
-        names = answered_models(folder)
-        for name in names:
-            score_answers(folder, name, convention=own.convention, extras=own.extras, bert_model=own.bert_model)
-        table = interval_table(folder, names, convention=own.convention)
-        if own.convention == "paper":
-            table += "".join(f"\n\n{sentence}" for sentence in missing_scores(folder, names))
-        if len(names) > 1:
-            pairs = {f"{b} - {a}": compare_models(folder, a, b, convention=own.convention) for a, b in pairwise(names)}
-            table += "\n\n" + significance_table(pairs)
-        path = folder / f"table-{own.convention}.md"
-        write_text(path, table + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
+    if own.test and not own.model:
+        raise RunError("--test goes with --model: the models in the folder have answered its own test turns")
+    config = settings_of(Path(own.folder), given)
+    if own.model:
+        keep_freed_memory()
+        examples = test_turns(folder, replace(config.data, test=own.test or ""))
+        for entry in own.model:
+            ask(entry, own.prompts or [config.replies.style], config, examples, folder)
+    names = answered_models(folder)
+    for name in names:
+        score_answers(folder, name, convention=own.convention, extras=own.extras, bert_model=own.bert_model)
+    table = interval_table(folder, names, convention=own.convention)
+    if own.convention == "paper":
+        table += "".join(f"\n\n{sentence}" for sentence in missing_scores(folder, names))
+    if len(names) > 1:
+        pairs = {f"{b} - {a}": compare_models(folder, a, b, convention=own.convention) for a, b in pairwise(names)}
+        table += "\n\n" + significance_table(pairs)
+    path = folder / f"table-{own.convention}.md"
+    write_text(path, table + "\n")
     print(f"\n{table}\n\nintervals and p-values are not corrected for the number of columns; also in {path}")
     return 0
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from program import program
 
 from selfevo.datasets import Pair, read_pairs
 from selfevo.files import write_json
@@ -82,13 +83,10 @@ def check_empty(out: Path) -> None:
         raise ValueError(f"{out}: exists and is not empty; choose another --out")
 
 
+@program(memory="export on a machine with more, or with --dtype bfloat16")
 def main() -> int:
     arguments = sys.argv[1:]
-    try:
-        print(export_pairs(arguments[1:]) if arguments[:1] == ["pairs"] else export_model(arguments))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    print(export_pairs(arguments[1:]) if arguments[:1] == ["pairs"] else export_model(arguments))
     return 0
 
 

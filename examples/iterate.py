@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from embedded import show
+from program import TRAINING, program
 
 from selfevo.evaluation.report import add_table, write_report
 from selfevo.evolve import EvolveConfig, evolve
@@ -100,9 +101,10 @@ def tell_memory(config: EvolveConfig) -> str:
     return f"{backbone.source}, {dtype}, rows of {row_tokens} tokens:\n{describe_memory(memory)}"
 
 
+@program(memory=TRAINING)
 def main() -> int:
+    config, resume, memory = parse()
     try:
-        config, resume, memory = parse()
         if memory:
             print(tell_memory(config))
             return 0
@@ -113,12 +115,8 @@ def main() -> int:
             title = "Facts told so far that replies take up; replies with such a fact; with one of somebody else (%)."
             add_table(run / "eval", "personalisation", title, show.rates(run))
         report = write_report(run)
-    except (ValueError, OSError, FloatingPointError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; continue with: --out {config.out} --resume (and the same flags)", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt(f"continue with: --out {config.out} --resume (and the same flags)") from stop
     print()
     print((run / "eval" / "table.md").read_text(encoding="utf-8"))
     if is_embedded(config):

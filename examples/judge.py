@@ -23,6 +23,8 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from random import Random
 
+from program import program
+
 from selfevo.datasets.seeds import derive_seed
 from selfevo.dialogue import Example
 from selfevo.evaluation import pearson
@@ -157,26 +159,20 @@ def _correlation(aspect: str, judged: Scores, human: Scores) -> str:
     return "–" if math.isnan(r) else f"{r:.2f} ({low:.2f} to {high:.2f}, {len(both)})".replace("nan", "–")
 
 
+@program(memory="lower --max-tokens, or take a smaller judge", interrupted="the same command continues")
 def main() -> int:
     options = parse()
     folder = Path(options.run) / "eval"
-    try:
-        aspects = [aspect for source in options.aspects for aspect in load_aspects(source)]
-        human = read_human(options.human) if options.human else {}
-        names = options.models or answered_models(folder)
-        turns = draw_turns(folder, names, options.contexts, options.seed)
-        responder = make_responder(options, folder)
-        judged: dict[tuple[str, str], Mapping[str, float]] = {}
-        for name in names:
-            judged |= judge_model(responder, folder, name, turns, aspects, options.joint)
-        text = table(folder, names, aspects, judged, human)
-        write_text(folder / "judge.md", text + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues", file=sys.stderr)
-        return 130
+    aspects = [aspect for source in options.aspects for aspect in load_aspects(source)]
+    human = read_human(options.human) if options.human else {}
+    names = options.models or answered_models(folder)
+    turns = draw_turns(folder, names, options.contexts, options.seed)
+    responder = make_responder(options, folder)
+    judged: dict[tuple[str, str], Mapping[str, float]] = {}
+    for name in names:
+        judged |= judge_model(responder, folder, name, turns, aspects, options.joint)
+    text = table(folder, names, aspects, judged, human)
+    write_text(folder / "judge.md", text + "\n")
     if not any(judged.values()):
         print(f"\n{text}\n\nerror: no reply could be judged by {responder.name}", file=sys.stderr)
         return 1

@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from program import program
+
 from selfevo.evaluation.folder import stage_names
 from selfevo.evaluation.report import write_report
 from selfevo.evaluation.report.analysis import Embed, hidden_state_embedder, sentence_embedder
@@ -26,6 +28,7 @@ def embedder(run: Path, source: str) -> Embed:
     return sentence_embedder(source)
 
 
+@program(memory="leave --embed out, or take a smaller encoder")
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder of examples/iterate.py")
@@ -36,15 +39,11 @@ def main() -> int:
         "run's backbone",
     )  # fmt: skip
     given = parser.parse_args()
-    try:
-        for run in given.runs:
-            stage_names(run)  # raises for what is no run, before anything is loaded
-            embed = embedder(run, given.embed) if given.embed else None
-            name = "mean hidden states" if given.embed == BACKBONE else f"embeddings of {given.embed}"
-            print(write_report(run, embed=embed, embed_name=name))
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    for run in given.runs:
+        stage_names(run)  # raises for what is no run, before anything is loaded
+        embed = embedder(run, given.embed) if given.embed else None
+        name = "mean hidden states" if given.embed == BACKBONE else f"embeddings of {given.embed}"
+        print(write_report(run, embed=embed, embed_name=name))
     return 0
 
 

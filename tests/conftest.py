@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,16 @@ def tiny_model(seed: int = 0, **changes: object) -> Transformer:
             if "norm" not in name:
                 torch.nn.init.normal_(parameter, std=0.25)
     return model.eval()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many cases of the fault catalogue (tests/faults/) ran, by kind."""
+    counts: Counter[str] = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if isinstance(report, pytest.TestReport) and report.when == "teardown":
+            for name, value in report.user_properties:
+                if name == "fault cases" and isinstance(value, dict):
+                    counts.update(value)
+    if counts:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items()))
+        terminalreporter.write_line(f"{counts.total()} fault cases: {kinds}")

@@ -1,0 +1,74 @@
+"""What every command does around its work: whatever goes wrong ends in one sentence, never in a traceback."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+
+# How PyTorch says on its devices that memory is used up; all are RuntimeErrors.
+_NO_MEMORY = re.compile(r"out of memory|can(no|')t allocate memory|ALLOC_FAILED", re.IGNORECASE)
+TRAINING = "lower --max-tokens or --slots, give --checkpoint-activations, or take a smaller backbone"
+_LONGEST = 1000  # characters of a sentence: a message may quote a file
+
+
+def program(*, memory: str, interrupted: str = "nothing was kept") -> Callable[[Callable[[], int]], Callable[[], int]]:
+    """Makes a command of ``main``, which returns its exit code and raises a ValueError or OSError for its user.
+
+    These, exhausted memory (``memory``: what to lower then) and anything unexpected, whose traceback is kept in a
+    file, give one sentence on stderr and exit code 1; Ctrl-C gives ``interrupted``, or what the KeyboardInterrupt says,
+    and 130; a reader of our output that has gone, as in ``| head``, ends us quietly with 141.
+    """
+
+    def wrap(main: Callable[[], int]) -> Callable[[], int]:
+        @functools.wraps(main)
+        def run() -> int:
+            try:
+                code = main()
+                sys.stdout.flush()
+                return code
+            except KeyboardInterrupt as stop:
+                print(f"\ninterrupted; {str(stop) or interrupted}", file=sys.stderr)
+                return 130
+            except SystemExit:
+                raise
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python exits
+                return 141
+            except BaseException as error:  # a panic of the tokenizers library is no Exception
+                print(f"error: {sentence(error, memory)}", file=sys.stderr)
+                return 1
+
+        return run
+
+    return wrap
+
+
+def sentence(error: BaseException, memory: str) -> str:
+    """One line for an error; a traceback is kept for what no user can have caused."""
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        text = f"the memory does not suffice; {memory}"
+    elif isinstance(error, OSError) and error.strerror:  # one that nobody has put into words
+        text = f"{error.filename or 'a file'}: {error.strerror}; check the path, its permissions and the free space"
+    elif isinstance(error, (ValueError, OSError, FloatingPointError)):
+        text = str(error)
+    else:
+        text = f"this is a fault of selfevo, not of yours ({type(error).__name__}: {error}); {_keep(error)}"
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+
+
+def _keep(error: BaseException) -> str:
+    """Writes the traceback to a file of its own; says where."""
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="selfevo-", suffix=".log")
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.writelines(traceback.format_exception(error))
+    except OSError:
+        traceback.print_exception(error)
+        return "the details are above, as they could not be written to a file: please report them"
+    return f"please report it with the details in {path}"
