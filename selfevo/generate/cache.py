@@ -63,7 +63,9 @@ class RowCache(Protocol):
     """Takes the prompts of a prefilled trie, lets them enter a slot one at a time, adds a token to every row a step.
 
     ``advance`` reserves the place of that token; from then on a step is of the first ``rows`` slots, some of which may
-    be idle, and ``span`` keys. ``step`` begins a forward pass, for which the cache is the context.
+    be idle, and ``span`` keys. ``extend`` reserves the places of several tokens in some slots instead: the next pass is
+    of these, T tokens each, where places beyond a row's count are padding that is overwritten later. ``step`` begins a
+    forward pass, for which the cache is the context.
     """
 
     rows: int
@@ -73,8 +75,9 @@ class RowCache(Protocol):
     def enter(self, slot: int, prompt: Prompt) -> None: ...
     def move(self, source: int, target: int) -> None: ...
     def advance(self, rows: int) -> None: ...
+    def extend(self, slots: list[int], counts: list[int]) -> None: ...
     def step(self) -> Tensor:
-        """The positions of the rows' new tokens, (rows, 1)."""
+        """The positions of the rows' new tokens, (rows, T)."""
         ...
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor: ...
@@ -92,6 +95,8 @@ class Slots:
         self.lengths = torch.zeros(slots, dtype=torch.int64, device=device)
         self.held = [0] * slots
         self.rows = self.span = 0
+        self.chosen: slice | Tensor = slice(0, 0)  # the slots of this pass
+        self.offsets: int | Tensor = -1  # of their new tokens' places from their lengths
 
     def fill(self, slot: int, length: int) -> None:
         self.lengths[slot] = self.held[slot] = length
@@ -106,17 +111,27 @@ class Slots:
         self.lengths[:rows] += 1
         self.held[:rows] = [length + 1 for length in self.held[:rows]]
         self.rows, self.span = rows, max(self.held[:rows])
+        self.chosen, self.offsets = slice(0, rows), -1
+
+    def extend(self, slots: list[int], counts: list[int]) -> None:
+        device, width = self.lengths.device, max(counts)
+        self.chosen, new = torch.tensor(slots, device=device), torch.tensor(counts, device=device)
+        self.offsets = torch.arange(width, device=device) - new[:, None]
+        self.rows, self.span = len(slots), max(self.held[slot] for slot in slots) + width
+        self.lengths[self.chosen] += new
+        for slot, count in zip(slots, counts):
+            self.held[slot] += count
 
     def newest(self) -> Tensor:
-        """The places of the rows' new tokens, (rows, 1)."""
-        return (self.lengths[: self.rows, None] - 1).clamp(min=0)
+        """The places of the rows' new tokens, (rows, T)."""
+        return (self.lengths[self.chosen, None] + self.offsets).clamp(min=0)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores the new keys and values (rows, K, 1, E); returns all of the rows, (rows, K, span, E)."""
-        rows, places = self.slots[: self.rows], self.newest()[:, 0]
-        self.keys[layer, rows, :, places] = keys[:, :, 0].to(self.keys.dtype)
-        self.values[layer, rows, :, places] = values[:, :, 0].to(self.values.dtype)
-        return self.keys[layer, : self.rows, :, : self.span], self.values[layer, : self.rows, :, : self.span]
+        """Stores the new keys and values (rows, K, T, E); returns all of the rows, (rows, K, span, E)."""
+        rows, places = self.slots[self.chosen, None], self.newest()
+        self.keys[layer, rows, :, places] = keys.transpose(1, 2).to(self.keys.dtype)
+        self.values[layer, rows, :, places] = values.transpose(1, 2).to(self.values.dtype)
+        return self.keys[layer, self.chosen, :, : self.span], self.values[layer, self.chosen, :, : self.span]
 
 
 class SlotCache(Slots):
@@ -141,23 +156,25 @@ class SlotCache(Slots):
         super().advance(rows)
         self.rows = min(_rounded(rows, _ROWS), len(self.held))
         self.span = min(_rounded(self.span, _KEYS), self.keys.shape[3])
+        self.chosen = slice(0, self.rows)
 
     def step(self) -> Tensor:
         self._masks = {}
         return self.newest()
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        """Queries (rows, K G, 1, E), new keys and values (rows, K, 1, E) -> (rows, K G, 1, E)."""
+        """Queries (rows, K G, T, E), new keys and values (rows, K, T, E) -> (rows, K G, T, E)."""
         keys, values = self.append(layer, keys, values)
+        # The heads that share keys become queries of one head, which reads its keys once.
+        grouped = queries.unflatten(1, (keys.shape[1], -1))
         if window not in self._masks:
             newest, places = self.newest(), torch.arange(self.span, device=self.lengths.device)
-            allowed = (places <= newest)[:, None]
+            allowed = places <= newest[..., None]
             if window is not None:
                 allowed = allowed & within_window(newest, places.expand(self.rows, -1), window)
-            self._masks[window] = allowed[:, None]
-        # The heads that share keys become queries of one head, which reads its keys once.
-        grouped = queries.unflatten(1, (keys.shape[1], -1)).squeeze(3)
-        return fused_attention(grouped, keys, values, self._masks[window]).view_as(queries)
+            heads = grouped.shape[2] if newest.shape[1] > 1 else 1  # one query a head: the mask is of all of them
+            self._masks[window] = allowed[:, None].repeat(1, 1, heads, 1)
+        return fused_attention(grouped.flatten(2, 3), keys, values, self._masks[window]).view_as(queries)
 
 
 def _rounded(number: int, multiple: int) -> int:

@@ -14,12 +14,14 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from selfevo.generate.adapters import decoding_layers
 from selfevo.generate.cache import Prefill, Prompt, RowCache, SlotCache
+from selfevo.generate.form import Filling, Form
 from selfevo.generate.graphs import step_graphs
-from selfevo.generate.sampling import Sampling, remember
+from selfevo.generate.sampling import Sampling, ban, remember
 from selfevo.generate.shared_cache import SharedPrefixCache
 from selfevo.kernels.head import allocate_logits, head_logits
 from selfevo.models.transformer import Transformer
@@ -29,9 +31,9 @@ from selfevo.trie.trie import Ids, as_ids, build_trie
 MAX_PREFILL_TOKENS = 4096  # distinct prompt tokens of one prefill pass
 SLOTS = 32  # replies decoded at a time
 
-Phase = Literal["prefill", "decode", "logits", "sample"]
+Phase = Literal["prefill", "fixed", "decode", "logits", "sample"]
 # Called as observer(phase, rows, waiting); the context it returns spans the phase. ``rows`` are the replies (in prefill
-# the distinct prompt tokens) that the phase computes, ``waiting`` the prompts without a slot.
+# the distinct prompt tokens) that the phase computes, ``waiting`` the prompts without a slot. "fixed" is a form's text.
 Observer = Callable[[Phase, int, int], AbstractContextManager[object]]
 
 
@@ -54,6 +56,7 @@ def generate(
     keys: Sequence[int] | None = None,
     batch_size: int = SLOTS,
     stop_when: Callable[[list[int]], bool] | None = None,
+    form: Form | None = None,
     on_reply: Callable[[int, list[int]], None] | None = None,
     progress: str | None = None,
     cuda_graphs: bool = False,
@@ -63,29 +66,29 @@ def generate(
 
     ``temperature`` 0 is greedy. A reply depends on the seed, its own prompt and its key (by default its index), not on
     the prompts that share its batch. ``stop_when`` sees the ids of a reply after every token and may end it, that token
-    included. At most ``batch_size`` replies are decoded at a time; ``on_reply`` gets the index and the ids of each as
+    included. A ``form`` writes its fixed ids itself, several in one pass, and has the model fill its slots; it alone ends
+    a reply, which holds all of the form, and ids that it bans have probability 0. At most ``batch_size`` replies are decoded at a time; ``on_reply`` gets the index and the ids of each as
     soon as it is finished, in any order. ``progress`` names a progress bar. ``cuda_graphs`` captures decode steps on a
     CUDA device (not yet tried on a GPU). ``observer`` is called around every phase, for benchmarks. Adapters are
     applied without dropout; the model is left as it was. Raises ValueError for settings out of range, an empty
-    prompt, ids outside the vocabulary, or a prompt that leaves no room for ``max_new_tokens``.
+    prompt, ids outside the vocabulary, a prompt that leaves no room for ``max_new_tokens``, or a form that needs more.
     """
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
     if keys is None:
         keys = range(len(prompts))
-    stops = frozenset(map(int, stop_ids))
+    ending = _Ending(max_new_tokens, frozenset(map(int, stop_ids)), stop_when)
     _check(model, prompts, keys, max_new_tokens, batch_size)
+    if form is not None and form.longest > max_new_tokens:
+        raise ValueError(f"the form takes up to {form.longest} tokens, max_new_tokens allows {max_new_tokens}")
     if not prompts:
         return []
-    sequences = [_Sequence(index, key, as_ids(prompt)) for index, (key, prompt) in enumerate(zip(keys, prompts))]
+    sequences = [_Sequence.of(index, key, prompt, form) for index, (key, prompt) in enumerate(zip(keys, prompts))]
     was_training = model.training
     model.eval()
     try:
         bar = tqdm(total=len(prompts), desc=progress, unit="reply", disable=progress is None)
         with bar, decoding_layers(model):
-            decoder = _Decoder(
-                model, sampling, sequences, max_new_tokens, stops, batch_size,
-                stop_when, on_reply, cuda_graphs, observer,
-            )  # fmt: skip
+            decoder = _Decoder(model, sampling, sequences, ending, batch_size, on_reply, cuda_graphs, observer)
             while decoder.step():
                 bar.update(decoder.finished - bar.n)
                 bar.set_postfix_str(f"{decoder.produced} tokens", refresh=False)
@@ -95,15 +98,34 @@ def generate(
     return [sequence.reply for sequence in sequences]
 
 
+@dataclass(frozen=True)
+class _Ending:
+    """What ends a reply without a form."""
+
+    max_new_tokens: int
+    stop_ids: frozenset[int]
+    stop_when: Callable[[list[int]], bool] | None
+
+
 @dataclass
 class _Sequence:
-    """One prompt on its way to a reply."""
+    """One prompt on its way to a reply. With a form the prompt holds the fixed ids that the reply begins with, and
+    ``pending`` are those whose keys and values the cache lacks, but for the newest id."""
 
     index: int
     key: int
     prompt: Ids
+    reply: list[int]
+    filling: Filling | None
     distinct: int = 0  # ids of the prompt
-    reply: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, index: int, key: int, prompt: Sequence[int], form: Form | None) -> _Sequence:
+        if form is None:
+            return cls(index, key, as_ids(prompt), [], None)
+        start = form.fixed[0]
+        return cls(index, key, np.concatenate((as_ids(prompt), as_ids(start))), list(start), Filling(form))
 
 
 class _Decoder:
@@ -114,25 +136,23 @@ class _Decoder:
         model: Transformer,
         sampling: Sampling,
         sequences: list[_Sequence],
-        max_new_tokens: int,
-        stop_ids: frozenset[int],
+        ending: _Ending,
         batch_size: int,
-        stop_when: Callable[[list[int]], bool] | None,
         on_reply: Callable[[int, list[int]], None] | None,
         cuda_graphs: bool,
         observer: Observer,
     ) -> None:
         self.model, self.sampling, self.observer = model, sampling, observer
-        self.max_new_tokens, self.stop_ids = max_new_tokens, stop_ids
-        self.stop_when, self.on_reply = stop_when, on_reply
+        self.ending, self.on_reply = ending, on_reply
         slots, device = min(batch_size, len(sequences)), model.device
-        longest = max(len(sequence.prompt) for sequence in sequences)
-        self.cache = row_cache(model, slots, longest, max_new_tokens)
+        longest, new = max(len(sequence.prompt) for sequence in sequences), ending.max_new_tokens
+        padding = 0 if sequences[0].filling is None else sequences[0].filling.form.longest_run
+        self.cache = row_cache(model, slots, longest, new + padding)
         self.graphs = step_graphs(device) if cuda_graphs else None
         self.logits = allocate_logits(slots, model.lm_head.weight)
         # What the sampler needs of every slot: the distinct ids seen, how many they are, the keys and counters of the
         # random draws, and the newest token.
-        self.seen = torch.zeros(slots, longest + max_new_tokens, dtype=torch.int64, device=device)
+        self.seen = torch.zeros(slots, longest + new, dtype=torch.int64, device=device)
         self.seen_lengths, self.keys, self.steps, self.last = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)
         )
@@ -145,12 +165,28 @@ class _Decoder:
     def step(self) -> bool:
         """One token for every running reply, and one for those that enter; False once all are finished."""
         if self.running:
+            self.write_fixed_ids()
             hidden = self.decode_one_token()
             self.sample(slice(0, len(self.running)), hidden)
             self.retire_finished()
         while self.enter_waiting():  # again, as a reply may be finished by its first token
             self.retire_finished()
         return bool(self.running)
+
+    def write_fixed_ids(self) -> None:
+        """One pass over the fixed ids of all rows that came to some, but for the last of them, which the next step
+        feeds as it feeds any row's newest id."""
+        rows = [row for row, sequence in enumerate(self.running) if sequence.pending]
+        if not rows:
+            return
+        pending = [torch.tensor(self.running[row].pending) for row in rows]
+        counts = [len(ids) for ids in pending]
+        with self._observed("fixed", sum(counts)):
+            self.cache.extend(rows, counts)
+            tokens = pad_sequence(pending, batch_first=True).to(self.model.device)
+            self.model.hidden_states(tokens, self.cache.step(), self.cache)
+        for row in rows:
+            self.running[row].pending = []
 
     def decode_one_token(self) -> Tensor:
         """Feeds each row's last token to the model: hidden states (R, D)."""
@@ -174,14 +210,30 @@ class _Decoder:
         with self._observed("logits", len(sequences)):
             logits = head_logits(hidden, self.model.lm_head.weight, self.logits)
         with self._observed("sample", len(sequences)):
+            ban(logits, [None if s.filling is None else s.filling.banned for s in sequences])
             tokens = self.sampling.sample(logits, seen, self.keys[rows], self.steps[rows])
+            for place, (sequence, token) in enumerate(zip(sequences, tokens.tolist())):
+                if sequence.filling is None:
+                    sequence.reply.append(token)
+                else:
+                    tokens[place] = self.fill(sequence, sequence.filling.take(token), rows.start + place)
             self.last[rows] = tokens
             self.steps[rows] += 1
-            remember(self.seen[rows], self.seen_lengths[rows], tokens)
-            self.seen_lengths[rows] += 1
-            for sequence, token in zip(sequences, tokens.tolist()):
-                sequence.reply.append(token)
+            self.remember(rows, tokens)
         self.produced += len(sequences)
+
+    def fill(self, sequence: _Sequence, ids: list[int], row: int) -> int:
+        """Appends what a sampled id made of a form to the reply in ``row``, all but the last id to be computed later:
+        that one."""
+        sequence.reply += ids
+        *sequence.pending, newest = ids
+        for token in sequence.pending:
+            self.remember(slice(row, row + 1), self.last.new_tensor([token]))
+        return newest
+
+    def remember(self, rows: slice, tokens: Tensor) -> None:
+        remember(self.seen[rows], self.seen_lengths[rows], tokens)
+        self.seen_lengths[rows] += 1
 
     def retire_finished(self) -> None:
         """Takes finished replies out; the last row moves into the gap, so active rows stay the first ones."""
@@ -202,11 +254,13 @@ class _Decoder:
 
     def _is_finished(self, sequence: _Sequence) -> bool:
         """Whether a reply ends with its newest token, which a stop id takes with it."""
-        if sequence.reply[-1] in self.stop_ids:
-            sequence.reply.pop()
+        if sequence.filling is not None:
+            return sequence.filling.finished
+        ending, reply = self.ending, sequence.reply
+        if reply[-1] in ending.stop_ids:
+            reply.pop()
             return True
-        at_limit = len(sequence.reply) == self.max_new_tokens
-        return at_limit or (self.stop_when is not None and self.stop_when(sequence.reply))
+        return len(reply) == ending.max_new_tokens or (ending.stop_when is not None and ending.stop_when(reply))
 
     def enter_waiting(self) -> bool:
         """Fills free slots with prefilled prompts and samples the first token of each; False if nothing entered."""

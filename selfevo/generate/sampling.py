@@ -8,6 +8,7 @@ repeats its first.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -75,7 +76,8 @@ def logits_to_probs(
     penalised = None if penalty == 1 else _penalise(logits, seen, penalty)
     width = min(k + _TIES, vocab)
     scores, ids = _topk(logits, seen, penalised, width)
-    while width < vocab and bool((scores[:, k - 1] == scores[:, -1]).any()):  # a tie that may go on; common in bfloat16
+    # A tie that may go on; common in bfloat16. Ids of probability 0, as banned ones, need no such care.
+    while width < vocab and bool(((scores[:, k - 1] == scores[:, -1]) & (scores[:, -1] > -torch.inf)).any()):
         width = min(2 * width, vocab)
         scores, ids = _topk(logits, seen, penalised, width)
     if not bool(torch.isfinite(scores[:, 0]).all()):  # NaN counts as the largest
@@ -126,6 +128,16 @@ def topk_by_groups(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
     places = torch.cat(((winners[:, None] + offsets[:, None]).flatten(1), rest), dim=1)
     found, order = widen(scores.t().gather(1, places)).topk(width)
     return found, places.gather(1, order)
+
+
+def ban(logits: Tensor, banned: Sequence[Tensor | None]) -> None:
+    """Gives ids the probability 0: logits (V, R or more), overwritten, and for each row its ids (N,)."""
+    rows: dict[Tensor, list[int]] = {}  # rows that share a tensor, of which there are few
+    for row, ids in enumerate(banned):
+        if ids is not None:
+            rows.setdefault(ids, []).append(row)
+    for ids, members in rows.items():
+        logits[ids.to(logits.device)[:, None], torch.tensor(members, device=logits.device)] = -torch.inf
 
 
 def draw(probs: Tensor, ids: Tensor, noise: Tensor) -> Tensor:

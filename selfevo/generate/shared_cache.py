@@ -1,6 +1,6 @@
 """A cache for the CPU in which rows with similar prompts share one prefix, read once for all of them.
 
-Notation: R rows, S keys of their own replies, N tokens of a prefix, K key-value heads, G query heads that share a key
+Notation: R rows, T new tokens of each, S keys of their own replies, N tokens of a prefix, K key-value heads, G query heads that share a key
 head, E head size. A ``bias`` is what is added to attention scores: 0, or very negative where a row may not attend.
 """
 
@@ -64,18 +64,28 @@ class SharedPrefixCache(Slots):
         self._starts[target] = self._starts[source]
         self._groups = None
 
+    def advance(self, rows: int) -> None:
+        if not isinstance(self.chosen, slice) or rows != self.rows:
+            self._entered[rows:] = [None] * (len(self._entered) - rows)  # frees their prefixes
+            self._groups = None
+        super().advance(rows)
+
+    def extend(self, slots: list[int], counts: list[int]) -> None:
+        super().extend(slots, counts)
+        self._groups = None
+
     def step(self) -> Tensor:
-        if self._groups is None or len(self._groups.order) != self.rows:
-            self._entered[self.rows :] = [None] * (len(self._entered) - self.rows)  # frees their prefixes
-            self._groups = group_rows([prompt for prompt in self._entered if prompt is not None])
+        if self._groups is None:
+            prompts = [self._entered[slot] for slot in self.slots[self.chosen].tolist()]
+            self._groups = group_rows([prompt for prompt in prompts if prompt is not None])
             self._prefix_biases = {}
         else:  # windows move with every token, what belongs to other prompts stays
             self._prefix_biases = {w: bias for w, bias in self._prefix_biases.items() if w is None}
         self._own_biases = {}
-        return self._starts[: self.rows, None] + self.newest()
+        return self._starts[self.chosen, None] + self.newest()
 
     def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-        """Queries (R, K G, 1, E), new keys and values (R, K, 1, E) -> (R, K G, 1, E)."""
+        """Queries (R, K G, T, E), new keys and values (R, K, T, E) -> (R, K G, T, E)."""
         assert self._groups is not None
         keys, values = self.append(layer, keys, values)
         if window not in self._own_biases:
@@ -87,23 +97,25 @@ class SharedPrefixCache(Slots):
         )
 
     def _own_bias(self, window: int | None) -> Tensor:
-        newest, places = self.newest(), torch.arange(self.span)
+        newest, places = self.newest()[..., None], torch.arange(self.span)
         blocked = places > newest
         if window is not None:
             blocked = blocked | (newest - places >= window)
         return attention_bias(blocked, self.keys.dtype)
 
     def _prefix_bias(self, groups: RowGroups, window: int | None) -> list[Tensor | None]:
-        """For each prefix (rows G, N), or None where every row may attend to all of it."""
-        positions = (self._starts[: self.rows, None] + self.newest())[groups.order].split(groups.sizes)
+        """For each prefix (rows G T, N), or None where every row may attend to all of it."""
+        positions = (self._starts[self.chosen, None] + self.newest())[groups.order].split(groups.sizes)
         biases: list[Tensor | None] = []
         for prefix, rows, blocked in zip(groups.prefixes, positions, groups.blocked):
+            blocked = blocked[:, None].expand(-1, rows.shape[1], -1)
             if window is not None:
-                blocked = blocked | (rows - prefix.positions >= window)
+                blocked = blocked | (rows[..., None] - prefix.positions >= window)
             elif not bool(blocked.any()):
                 biases.append(None)
                 continue
-            biases.append(attention_bias(blocked, self.keys.dtype).repeat_interleave(self._queries_per_key, dim=0))
+            bias = attention_bias(blocked, self.keys.dtype)[:, None].expand(-1, self._queries_per_key, -1, -1)
+            biases.append(bias.flatten(0, 2))
         return biases
 
 
@@ -156,15 +168,18 @@ def attend_shared(
     own_bias: Tensor,
     prefix_biases: Sequence[Tensor | None],
 ) -> Tensor:
-    """Attention (R, K G, 1, E) of rows to their own keys and values (R, K, S, E) and to the prefixes they share.
+    """Attention (R, K G, T, E) of rows to their own keys and values (R, K, S, E) and to the prefixes they share.
+
+    ``own_bias`` is (R, T, S), ``prefix_biases`` are (rows G T, N).
 
     Each part is attended to by itself, a prefix by all its rows in one product. The log-sum-exps of the scores say how
     a softmax over both divides between them, and so they are joined exactly. Computed in the dtype of the keys.
     """
-    count, heads, _, size = queries.shape
-    per_key = heads // keys.shape[1]
+    count, heads, new, size = queries.shape
+    per_key = heads // keys.shape[1] * new
     rows = queries.to(keys.dtype).reshape(count, keys.shape[1], per_key, size).contiguous()
-    own, own_sums = attention_and_logsumexp(rows, keys, values, own_bias[:, None, None].expand(-1, -1, per_key, -1))
+    by_head = own_bias.view(count, 1, 1, new, -1).expand(-1, -1, per_key // new, -1, -1).flatten(2, 3)
+    own, own_sums = attention_and_logsumexp(rows, keys, values, by_head)
     found = []
     by_prefix = rows[groups.order].transpose(0, 1).flatten(1, 2)[None]  # (1, K, R G, E)
     parts = by_prefix.split([per_key * count for count in groups.sizes], dim=2)
@@ -175,4 +190,4 @@ def attend_shared(
         torch.cat(side, dim=2)[0].unflatten(1, (-1, per_key)).transpose(0, 1)[groups.back] for side in zip(*found)
     )
     share = (shared_sums - own_sums).sigmoid()[..., None]
-    return torch.lerp(own.to(share.dtype), shared.to(share.dtype), share).view(count, heads, 1, size).to(queries.dtype)
+    return torch.lerp(own.to(share.dtype), shared.to(share.dtype), share).view(count, heads, new, size).to(queries.dtype)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -31,6 +32,7 @@ FILES = (
 _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_ASCII_BYTE = re.compile("<0x[0-7][0-9A-F]>")
 
 
 class TokenizerError(ValueError):
@@ -83,6 +85,13 @@ class JsonBackend:
     def decode(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode([i for i in ids if i < self.size], skip_special_tokens=True))
 
+    def pieces(self, before: list[int]) -> list[str]:
+        rows = [[*before, i] for i in range(self.size)]
+        return [
+            "" if _ASCII_BYTE.fullmatch(self._tokenizer.id_to_token(row[-1]) or "") else text
+            for row, text in zip(rows, self._tokenizer.decode_batch(rows, skip_special_tokens=True))
+        ]
+
 
 def _metaspace_scheme(pre_tokenizer: dict[str, Any] | None) -> str | None:
     """When a tokenizer.json in sentencepiece's manner puts a space before a text: always, first, never; else None."""
@@ -118,6 +127,12 @@ class SentencePieceBackend:
 
     def decode(self, ids: list[int]) -> str:
         return str(self._model.Decode([i for i in ids if i < self._pieces]))
+
+    def pieces(self, before: list[int]) -> list[str]:
+        texts = self._model.Decode([[*before, i] for i in range(self._pieces)])
+        names = map(self._model.IdToPiece, range(self._pieces))
+        texts = ["" if _ASCII_BYTE.fullmatch(name) else text for name, text in zip(names, texts)]
+        return texts + [""] * (self.size - self._pieces)
 
 
 def _from_vocab_and_merges(folder: Path, settings: dict[str, Any], added: dict[str, int]) -> dict[str, Any]:
@@ -195,6 +210,15 @@ class ChatTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of the ids; special tokens are left out."""
         return self._backend.decode([int(i) for i in ids if int(i) not in self._special])
+
+    def pieces(self) -> list[str]:
+        """What each id adds to a text that it continues; U+FFFD for a part of a character. Empty for special ids, and
+        for single bytes of ASCII, whose text depends on the bytes around them."""
+        before = self.encode("{")
+        known = len(self.decode(before))
+        return [
+            "" if token in self._special else text[known:] for token, text in enumerate(self._backend.pieces(before))
+        ]
 
     def encode_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
         """Ids of a conversation (messages ``{"role", "content"}``), and of the prefix of the assistant's answer.
