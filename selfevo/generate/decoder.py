@@ -66,12 +66,13 @@ def generate(
 
     ``temperature`` 0 is greedy. A reply depends on the seed, its own prompt and its key (by default its index), not on
     the prompts that share its batch. ``stop_when`` sees the ids of a reply after every token and may end it, that token
-    included. A ``form`` writes its fixed ids itself, several in one pass, and has the model fill its slots; it alone ends
-    a reply, which holds all of the form, and ids that it bans have probability 0. At most ``batch_size`` replies are decoded at a time; ``on_reply`` gets the index and the ids of each as
-    soon as it is finished, in any order. ``progress`` names a progress bar. ``cuda_graphs`` captures decode steps on a
-    CUDA device (not yet tried on a GPU). ``observer`` is called around every phase, for benchmarks. Adapters are
-    applied without dropout; the model is left as it was. Raises ValueError for settings out of range, an empty
-    prompt, ids outside the vocabulary, a prompt that leaves no room for ``max_new_tokens``, or a form that needs more.
+    included. A ``form`` has its fixed ids written, several in one pass, and its slots filled, where ids that it bans
+    have probability 0; the reply holds all of it, and nothing else ends it. At most ``batch_size`` replies are decoded
+    at a time; ``on_reply`` gets the index and the ids of each as soon as it is finished, in any order. ``progress``
+    names a progress bar. ``cuda_graphs`` captures decode steps on a CUDA device (not yet tried on a GPU). ``observer``
+    is called around every phase, for benchmarks. Adapters are applied without dropout; the model is left as it was.
+    Raises ValueError for settings out of range, an empty prompt, ids outside the vocabulary, a prompt that leaves no
+    room for ``max_new_tokens``, or a form that may need more of them.
     """
     sampling = Sampling(temperature, top_p, top_k, repetition_penalty, seed)
     if keys is None:

@@ -17,6 +17,7 @@ from selfevo.models.tokenizer import ChatTokenizer
 DIGITS = "12345"  # what may be written where a template has a number: a score
 _EMPTY, _TEXT, _ESCAPE = range(3)  # a string: nothing visible yet, some text, behind a backslash
 _CONTENT = re.compile(r'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*')  # of a string; \u is left out: half a pair is no text
+_MOST_LEFT = 3  # ids that hold a quote behind a text of more than so many ids are left out: they are whole phrases
 _OBJECT = re.compile(r"\{.*\}", re.DOTALL)
 
 
@@ -108,13 +109,13 @@ def _string_rules(tokenizer: ChatTokenizer, vocab_size: int) -> Rules:
             assert content is not None
             rest = (before + piece)[content.end() :]
             visible = state != _EMPTY or json.loads(f'"{content[0]}"').strip()
-            if token in steps[state]:
+            if token in steps[state] or (piece and visible and not rest):
                 continue
-            if not piece or not visible or rest[:1] not in ("", '"', "\\") or len(rest) > 1 and rest[0] == "\\":
-                banned[state].append(token)
-            elif rest:
-                left = tuple(tokenizer.encode_run(content[0][len(before) :], first=False))
+            left = tuple(tokenizer.encode_run(content[0][len(before) :], first=False))
+            if piece and visible and (rest[0] == '"' or rest == "\\") and len(left) <= _MOST_LEFT:
                 steps[state][token] = Step(None if rest[0] == '"' else _ESCAPE, left)
+            else:
+                banned[state].append(token)
     return Rules(tuple(map(torch.tensor, banned)), tuple(steps))
 
 

@@ -1,7 +1,8 @@
 """A cache for the CPU in which rows with similar prompts share one prefix, read once for all of them.
 
-Notation: R rows, T new tokens of each, S keys of their own replies, N tokens of a prefix, K key-value heads, G query heads that share a key
-head, E head size. A ``bias`` is what is added to attention scores: 0, or very negative where a row may not attend.
+Notation: R rows, T new tokens of each, S keys of their own replies, N tokens of a prefix, K key-value heads, G query
+heads that share a key head, E head size. A ``bias`` is what is added to attention scores: 0, or very negative where a
+row may not attend.
 """
 
 from __future__ import annotations
@@ -190,4 +191,6 @@ def attend_shared(
         torch.cat(side, dim=2)[0].unflatten(1, (-1, per_key)).transpose(0, 1)[groups.back] for side in zip(*found)
     )
     share = (shared_sums - own_sums).sigmoid()[..., None]
-    return torch.lerp(own.to(share.dtype), shared.to(share.dtype), share).view(count, heads, new, size).to(queries.dtype)
+    return (
+        torch.lerp(own.to(share.dtype), shared.to(share.dtype), share).view(count, heads, new, size).to(queries.dtype)
+    )
