@@ -1,5 +1,8 @@
 """Text, JSON and JSON lines on disk: a file is written whole or not at all, and a bad one is named in one sentence.
 
+``Fields`` takes values out of a JSON object with their types and ranges checked. Only regular files are opened: a pipe
+or a device in a file's place would be waited for, or never end.
+
 Everything is UTF-8 and keeps non-ASCII characters readable. A line of JSON lines ends at a newline only: a text may
 hold the other characters that Python takes for line ends (U+2028, U+0085).
 """
@@ -8,15 +11,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
+import reprlib
 import secrets
+import stat
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "Fields",
     "FileError",
     "StrPath",
     "append_jsonl",
@@ -24,7 +32,9 @@ __all__ = [
     "locate",
     "read_json",
     "read_jsonl",
+    "read_object",
     "read_records",
+    "read_text",
     "replace_file",
     "resume_jsonl",
     "write_json",
@@ -34,10 +44,59 @@ __all__ = [
 StrPath = str | os.PathLike[str]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_REQUIRED = object()
+_KINDS = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
 
 class FileError(ValueError):
     """A file that cannot be read or written; the message says which file, what is wrong with it and what to do."""
+
+
+class Fields:
+    """The entries of a JSON object, taken by key with their types checked; ``where`` (a file, a record) begins every
+    message. Raises ``error``, a ``FileError`` unless a subclass says otherwise."""
+
+    error: type[FileError] = FileError
+
+    def __init__(self, values: Any, where: str) -> None:
+        self.where, self.taken = where, set[str]()
+        if not isinstance(values, dict):
+            raise self.fail(f"should hold a JSON object, not {reprlib.repr(values)}")
+        self.values: dict[str, Any] = values
+
+    def fail(self, message: str) -> FileError:
+        return self.error(f"{self.where}: {message}")
+
+    def take(
+        self, key: str, kind: type, default: Any = _REQUIRED, *, low: float = -math.inf, high: float = math.inf
+    ) -> Any:
+        """The value of ``key``, of ``kind`` dict, list, str, int (64 bits), float (finite; also an integer) or bool.
+
+        Numbers have to be from ``low`` to ``high``. Null means absent; without a ``default`` the key is required.
+        """
+        self.taken.add(key)
+        value = self.values.get(key)
+        if value is None:
+            if default is _REQUIRED:
+                raise self.fail(f"the key {key!r} is missing")
+            return default
+        return self._check(repr(key), value, kind, low, high)
+
+    def take_list(self, key: str, kind: type, default: Any = _REQUIRED, **limits: float) -> Any:
+        """The list at ``key``, each of its values checked as ``take`` checks one."""
+        values = self.take(key, list, default)
+        if self.values.get(key) is None:
+            return values
+        return [self._check(f"{key!r}, entry {index}", value, kind, **limits) for index, value in enumerate(values)]
+
+    def _check(self, name: str, value: Any, kind: type, low: float = -math.inf, high: float = math.inf) -> Any:
+        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        if right and kind in (int, float):
+            right = low <= value <= high and abs(value) <= (2**63 - 1 if kind is int else sys.float_info.max)
+        if right:
+            return float(value) if kind is float else value
+        limits = [f"{word} {limit:g}" for word, limit in (("from", low), ("to", high)) if math.isfinite(limit)]
+        raise self.fail(f"{name} should be {' '.join([_KINDS[kind], *limits])}, not {reprlib.repr(value)}")
 
 
 @contextmanager
@@ -85,10 +144,10 @@ def write_text(path: StrPath, text: str) -> None:
 def locate(source: StrPath, *, patterns: Sequence[str], revision: str | None = None) -> Path:
     """The folder of a checkpoint or adapter; for a hub id, the files that match ``patterns`` are downloaded unless in
     the cache. Raises ``FileError``, in the hub's own words where it refuses."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(source))
+    if os.path.isdir(folder):
         return folder
-    if folder.exists():
+    if os.path.exists(folder):
         raise FileError(f"{folder}: should be a folder (with its config in it), this is a file")
     if not isinstance(source, str) or not _HUB_ID.fullmatch(source):
         raise FileError(f"{source}: no such folder, and not a hub id of the form owner/name")
@@ -98,14 +157,12 @@ def locate(source: StrPath, *, patterns: Sequence[str], revision: str | None = N
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError) as error:  # gated and missing repositories are explained there
-        raise FileError(f"{source}: no such folder here, and the hub says: {error}") from error
+        raise FileError(f"{source}: no such folder here, and the hub says: {' '.join(str(error).split())}") from error
 
 
 def file_hash(path: StrPath) -> str:
     """The SHA-256 of a file's content. Raises ``FileError`` where there is no such file."""
-    if not Path(path).is_file():
-        raise FileError(f"{path}: there is no such file; check the path")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return hashlib.sha256(_read_bytes(path)).hexdigest()
 
 
 def write_json(path: StrPath, obj: Any) -> None:
@@ -118,9 +175,19 @@ def write_jsonl(path: StrPath, records: Iterable[Any]) -> None:
     write_text(path, "".join(_dumps(path, record) + "\n" for record in records))
 
 
+def read_text(path: StrPath) -> str:
+    """The UTF-8 text of a file. Raises ``FileError`` (missing, no regular file, not to be read, not UTF-8)."""
+    return _decode(path, _read_bytes(path))
+
+
+def read_object(path: StrPath) -> Fields:
+    """The one JSON object in a file. Raises ``FileError`` as ``read_json`` does, and for any other value."""
+    return Fields(read_json(path), str(path))
+
+
 def read_json(path: StrPath) -> Any:
     """The one JSON value in a file. Raises ``FileError`` (missing, a folder, not UTF-8, empty, cut short, not JSON)."""
-    return _loads(str(path), _filled(path, _read_text(path)))
+    return _loads(str(path), _filled(path, read_text(path)))
 
 
 def read_jsonl(path: StrPath) -> list[Any]:
@@ -128,7 +195,7 @@ def read_jsonl(path: StrPath) -> list[Any]:
 
     Raises ``FileError``, for a bad line with its number (counted from 1).
     """
-    return [value for _, value in _json_lines(path, _read_text(path))]
+    return [value for _, value in _json_lines(path, read_text(path))]
 
 
 def append_jsonl(path: StrPath, record: Any) -> None:
@@ -152,9 +219,9 @@ def resume_jsonl(path: StrPath) -> list[Any]:
     A kill may have cut the last line short: it is removed from the file, so that appending can go on. Raises
     ``FileError`` for a complete line that is not JSON, and then leaves the file as it is.
     """
-    if not Path(path).is_file():
+    if not os.path.exists(path):
         return []
-    data = Path(path).read_bytes()
+    data = _read_bytes(path)
     end = data.rfind(b"\n") + 1
     values = [value for _, value in _json_lines(path, _decode(path, data[:end]))]
     os.truncate(path, end)
@@ -168,7 +235,7 @@ def read_records(path: StrPath) -> list[tuple[str, Any]]:
     Records are counted from 0, as Python does; lines from 1, as editors do. Raises ``FileError`` as ``read_json`` and
     ``read_jsonl`` do, and for a file that is no list or holds no records.
     """
-    text = _filled(path, _read_text(path))
+    text = _filled(path, read_text(path))
     if text.lstrip().startswith("{") and not _is_one_spread_object(text):
         lines = _json_lines(path, text)
         return [(f"{path}, record {index} (line {line})", value) for index, (line, value) in enumerate(lines)]
@@ -202,16 +269,22 @@ def _dumps(path: StrPath, obj: Any, indent: int | None = None) -> str:
     return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def _read_text(path: StrPath) -> str:
+def _read_bytes(path: StrPath) -> bytes:
     try:
-        data = Path(path).read_bytes()
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise FileError(f"{path}: is a folder; give the file inside it")
+        if not stat.S_ISREG(mode):
+            raise FileError(f"{path}: is a pipe or a device; give a file, such as one that its content was written to")
+        return Path(path).read_bytes()
     except FileNotFoundError as error:
         raise FileError(f"{path}: there is no such file; check the path") from error
-    except IsADirectoryError as error:
-        raise FileError(f"{path}: is a folder; give the file inside it") from error
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
-    return _decode(path, data)
+    except FileError:
+        raise
+    except ValueError as error:  # a null byte, half a surrogate pair
+        raise FileError(f"{str(path)!r}: cannot be the name of a file; check the path") from error
 
 
 def _decode(path: StrPath, data: bytes) -> str:

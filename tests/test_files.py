@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfevo.files import (
+    Fields,
     FileError,
     append_jsonl,
     read_json,
     read_jsonl,
+    read_object,
     read_records,
     replace_file,
     resume_jsonl,
@@ -230,3 +232,52 @@ def test_a_file_of_another_kind_is_not_cut(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=r"notes\.txt, line 1: is not JSON"):
         resume_jsonl(path)
     assert path.read_text() == "my notes\nmore"
+
+
+def test_fields_take_what_has_the_right_type_and_range(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"n": 3, "x": 3, "b": true, "s": "a", "l": ["a", "b"], "o": {"n": 1}, "none": null}')
+    fields = read_object(path)
+    assert (fields.take("n", int, low=3, high=3), fields.take("b", bool), fields.take("s", str)) == (3, True, "a")
+    assert isinstance(fields.take("x", float), float)
+    assert fields.take_list("l", str) == ["a", "b"]
+    assert (fields.take("none", int, 7), fields.take("absent", int, None), fields.take_list("none", int, ())) == (
+        7,
+        None,
+        (),
+    )
+    assert Fields(fields.take("o", dict), "inner").take("n", int) == 1
+    assert fields.taken == {"n", "x", "b", "s", "l", "o", "none", "absent"}
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "said"),
+    [
+        ("true", int, "'true' should be an integer, not True"),
+        ("one", bool, "'one' should be true or false, not 1"),
+        ("text", float, "'text' should be a number, not '3'"),
+        ("nan", float, "'nan' should be a number, not nan"),
+        ("infinite", float, "'infinite' should be a number, not inf"),
+        ("huge", float, "'huge' should be a number, not 9999"),
+        ("huge", int, "'huge' should be an integer, not 9999"),
+        ("list", dict, r"'list' should be an object, not \[\]"),
+        ("absent", int, "the key 'absent' is missing"),
+    ],
+)  # fmt: skip
+def test_fields_of_another_type_are_named(tmp_path: Path, key: str, kind: type, said: str) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(
+        '{"true": true, "one": 1, "text": "3", "nan": NaN, "infinite": 1e999, "list": [], "huge": %s}' % ("9" * 400)
+    )
+    with pytest.raises(FileError, match=f"a.json: {said}"):
+        read_object(path).take(key, kind)
+
+
+def test_fields_out_of_range_and_entries_of_lists_are_named() -> None:
+    fields = Fields({"n": 0, "l": ["a", 1]}, "a.json")
+    with pytest.raises(FileError, match=r"a.json: 'n' should be an integer from 1 to 8, not 0"):
+        fields.take("n", int, low=1, high=8)
+    with pytest.raises(FileError, match=r"a.json: 'l', entry 1 should be text, not 1"):
+        fields.take_list("l", str)
+    with pytest.raises(FileError, match=r"a.json: should hold a JSON object, not \[\]"):
+        Fields([], "a.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import warnings
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfevo.files import FileError, locate, read_json, replace_file, write_json, write_text
+from selfevo.files import Fields, FileError, locate, read_json, read_object, replace_file, write_json, write_text
 from selfevo.kernels.elementwise import all_finite
 from selfevo.models import llama, mistral, qwen2
 from selfevo.models.hf_config import ConfigError, ConfigReader
@@ -63,6 +64,9 @@ def load_model(
             stacklevel=2,
         )
         config = replace(config, tied=False)
+    stored = sum(map(len, shards.values()))
+    if config.num_layers > stored:  # before they are built
+        raise CheckpointError(f"{folder}: config.json has {config.num_layers} layers, its weights {stored} tensors")
     with torch.device("meta"):
         model = Transformer(config)
     expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
@@ -76,9 +80,9 @@ def load_model(
             loaded[name] = _read_tensor(shard, name, expected[name], dtype, torch.device(device))
             dtype = dtype or loaded[name].dtype
     if config.tied:  # the shared tensor may be stored under either name or under both
-        stored = [loaded[name] for name in (EMBEDDING, HEAD) if name in loaded]
-        if stored:
-            loaded[EMBEDDING] = loaded[HEAD] = stored[0]
+        shared = [loaded[name] for name in (EMBEDDING, HEAD) if name in loaded]
+        if shared:
+            loaded[EMBEDDING] = loaded[HEAD] = shared[0]
     missing = sorted(expected.keys() - loaded.keys())
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
@@ -99,16 +103,13 @@ def _has_own_head(shards: Mapping[Path, Sequence[str]]) -> bool:
 def read_config(folder: Path, allow_unknown: Collection[str] = ()) -> ModelConfig:
     """The configuration of the checkpoint in ``folder``, without the keys ``allow_unknown``."""
     path = folder / "config.json"
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: should hold a JSON object, not a {type(values).__name__}")
-    kind = values.get("model_type")
+    reader = ConfigReader(read_json(path), str(path), allow_unknown)
+    kind = reader.take("model_type", str)
     if kind not in FAMILIES:
-        raise ConfigError(f"{path}: the model_type {kind!r} is not implemented; {', '.join(FAMILIES)} are")
-    for architecture in values.get("architectures") or []:
-        if not str(architecture).endswith("ForCausalLM"):
-            raise ConfigError(f"{path}: {architecture} is not a causal language model")
-    reader = ConfigReader(values, str(path), allow_unknown)
+        raise reader.fail(f"the model_type {kind[:80]!r} is not implemented; {', '.join(FAMILIES)} are")
+    for architecture in reader.take_list("architectures", str, ()):
+        if not architecture.endswith("ForCausalLM"):
+            raise reader.fail(f"{architecture[:80]!r} is not a causal language model")
     try:
         config: ModelConfig = FAMILIES[kind].read_config(reader)
     except ConfigError:
@@ -121,20 +122,20 @@ def read_config(folder: Path, allow_unknown: Collection[str] = ()) -> ModelConfi
 
 def _shards(folder: Path) -> dict[Path, list[str]]:
     """The weight files and the names of the tensors in each."""
-    if (folder / WEIGHTS).is_file():
-        return {folder / WEIGHTS: _stored_names(folder / WEIGHTS)}
-    index = folder / INDEX
-    if not index.is_file():
+    single, index = folder / WEIGHTS, folder / INDEX
+    if os.path.lexists(single):
+        return {single: _stored_names(single)}
+    if not os.path.lexists(index):
         raise CheckpointError(f"{folder}: has neither {WEIGHTS} nor {INDEX} (other weight formats are not read)")
-    try:
-        weight_map = dict(read_json(index)["weight_map"])
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(f"{index}: not an index with a weight_map: {error}") from error
+    weight_map = Fields(read_object(index).take("weight_map", dict), f"{index}, weight_map")
     shards: dict[Path, list[str]] = {}
-    for name, file in weight_map.items():
+    for name in weight_map.values:
+        file = weight_map.take(name, str)
+        if Path(file).is_absolute() or ".." in Path(file).parts or not file.endswith(".safetensors"):
+            raise weight_map.fail(f"{name[:80]!r} is said to be in {file[:80]!r}, which is no shard in the same folder")
         shards.setdefault(folder / file, []).append(name)
     for shard, names in shards.items():
-        if not shard.is_file():
+        if not os.path.isfile(shard):
             raise CheckpointError(f"{index}: the shard {shard.name} is not there; it holds {names[0]} and others")
         stored = _stored_names(shard)
         for name in sorted({*stored} ^ {*names}):
@@ -145,10 +146,12 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
+    if not os.path.isfile(path):
+        raise CheckpointError(f"{path}: is a folder, a pipe or a link to nowhere, where weights should be")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
 
 
@@ -217,6 +220,6 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
         if tokenizer.chat_template:
             write_text(folder / "chat_template.jinja", tokenizer.chat_template)
         generation = folder / "generation_config.json"
-        settings = read_json(generation) if generation.is_file() else {}
+        settings = read_object(generation).values if generation.is_file() else {}
         write_json(generation, settings | named | {"eos_token_id": list(tokenizer.stop_ids)})
     write_json(folder / "config.json", values)

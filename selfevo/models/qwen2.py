@@ -19,7 +19,7 @@ def _windows(reader: ConfigReader, num_layers: int) -> tuple[int | None, ...]:
     """The window of each layer: only with ``use_sliding_window``, and in the upper layers or those listed."""
     in_use = reader.take("use_sliding_window", bool, False)
     size = reader.take_window("sliding_window", absent=4096)
-    first = reader.take("max_window_layers", int, 28)
+    first = reader.take("max_window_layers", int, 28, low=0)
     own = ["sliding_attention" if in_use and layer >= first else "full_attention" for layer in range(num_layers)]
     kinds = reader.take_layer_types(num_layers, own)
     return tuple(size if in_use and kind == "sliding_attention" else None for kind in kinds)
