@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +15,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from selfevo.files import append_jsonl, replace_file, write_jsonl
+from selfevo.files import append_jsonl, write_jsonl
 from selfevo.kernels.elementwise import all_finite
 from selfevo.lora import lora_parameters, save_adapter
 from selfevo.models.transformer import Transformer
+from selfevo.training.checkpoint import NAME as CHECKPOINT
+from selfevo.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from selfevo.training.objectives import Objective
 from selfevo.training.settings import TrainSettings
 from selfevo.training.step import batch_indices, evaluate_held_out, train_step
 
 _DIVERGED = "nothing was saved as finished; a lower learning rate may help"
-
-
-@dataclass
-class Progress:
-    """All that changes while training; what a checkpoint holds besides the adapter and the optimiser."""
-
-    step: int = 0
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    best_loss: float = math.inf
-    best_adapter: list[Tensor] | None = None
-    bad_evaluations: int = 0
-    stopped: bool = False
 
 
 def train(
@@ -52,9 +41,9 @@ def train(
     """Trains the adapters of ``model`` in place and writes them to ``folder``; returns the metrics of every step.
 
     With ``held_out`` items the adapter of the best evaluation is kept, and training stops after ``patience``
-    evaluations without improvement. Writes ``metrics.jsonl`` as it goes, ``checkpoint.pt`` from time to time (and
-    continues from one that is there), then the adapter in PEFT's format, noting ``base_model`` in it; the checkpoint
-    is then removed.
+    evaluations without improvement. Writes ``metrics.jsonl`` as it goes, ``checkpoint.safetensors`` from time to time
+    (and continues from one that is there), then the adapter in PEFT's format, noting ``base_model`` in it; the
+    checkpoint is then removed.
     """
     if len(objective) == 0:
         raise ValueError(f"{label}: there are no items to train on")
@@ -64,7 +53,7 @@ def train(
     total = steps_per_epoch * settings.epochs
     evaluate_every = max(1, steps_per_epoch // settings.evaluations_per_epoch)
     folder.mkdir(parents=True, exist_ok=True)
-    progress = _load_checkpoint(folder, parameters, optimiser)
+    progress = load_checkpoint(folder, parameters, optimiser, total)
     write_jsonl(folder / "metrics.jsonl", progress.metrics)
     with tqdm(total=total, initial=progress.step, desc=label, unit="step") as bar:
         while progress.step < total and not progress.stopped:
@@ -81,7 +70,7 @@ def train(
             progress.metrics.append(record)
             append_jsonl(folder / "metrics.jsonl", record)
             if "held_out" in record or progress.step % settings.checkpoint_every == 0:
-                _save_checkpoint(folder, progress, parameters, optimiser)
+                save_checkpoint(folder, progress, parameters, optimiser)
             bar.update()
             bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
     if progress.best_adapter is not None:
@@ -89,7 +78,7 @@ def train(
     if not all(all_finite(parameter) for parameter in parameters):
         raise FloatingPointError(f"{label}: the adapter is not finite after the last step; {_DIVERGED}")
     save_adapter(model, folder, base_model=base_model)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
     return progress.metrics
 
 
@@ -106,22 +95,3 @@ def _remember_best(progress: Progress, loss: float, parameters: Sequence[Tensor]
 def _assign(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     for parameter, value in zip(parameters, values):
         parameter.copy_(value)
-
-
-def _save_checkpoint(
-    folder: Path, progress: Progress, parameters: Sequence[Tensor], optimiser: torch.optim.Optimizer
-) -> None:
-    adapter = [parameter.detach() for parameter in parameters]
-    state = {"progress": vars(progress), "adapter": adapter, "optimiser": optimiser.state_dict()}
-    with replace_file(folder / "checkpoint.pt") as partial:
-        torch.save(state, partial)
-
-
-def _load_checkpoint(folder: Path, parameters: Sequence[Tensor], optimiser: torch.optim.Optimizer) -> Progress:
-    path = folder / "checkpoint.pt"
-    if not path.is_file():
-        return Progress()
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    _assign(parameters, state["adapter"])
-    optimiser.load_state_dict(state["optimiser"])
-    return Progress(**state["progress"])

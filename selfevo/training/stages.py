@@ -15,6 +15,7 @@ from selfevo.datasets.seeds import derive_seed
 from selfevo.files import FileError
 from selfevo.lora import freeze_adapter, inject_lora, load_adapter, lora_parameters, remove_adapters
 from selfevo.models import ChatTokenizer, Transformer
+from selfevo.training.checkpoint import NAME as CHECKPOINT
 from selfevo.training.examples import encode_pairs
 from selfevo.training.loop import train
 from selfevo.training.objectives import DPOObjective, SFTObjective
@@ -39,7 +40,7 @@ class Stage:
 
 def is_trained(folder: Path) -> bool:
     """Whether a stage's adapter is whole: its configuration is written last, then the checkpoint is removed."""
-    return (folder / "adapter_config.json").is_file() and not (folder / "checkpoint.pt").is_file()
+    return (folder / "adapter_config.json").is_file() and not (folder / CHECKPOINT).is_file()
 
 
 def restore(model: Transformer, folder: Path) -> None:

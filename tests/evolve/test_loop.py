@@ -175,11 +175,11 @@ def test_a_run_killed_in_every_stage_ends_with_the_same_adapters_and_pairs(
     config = configuration(world, tmp_path / "killed")
     run = Path(config.out)
     moments = [
-        ("/config.json", "after"), ("M0/checkpoint.pt", "after"), ("M0/adapter_model.safetensors", "before"),
+        ("/config.json", "after"), ("M0/checkpoint.safetensors", "after"), ("M0/adapter_model.safetensors", "before"),
         ("M0/adapter_model.safetensors", "after"), ("eval/M0.replies.jsonl", "before"), ("M1/replies.jsonl", "after"),
         ("M1/reflections-2.jsonl", "before"), ("M1/pairs.jsonl", "after"), ("M1/reference.json", "after"),
-        ("M1/checkpoint.pt", "after"), ("M1/adapter_config.json", "after"), ("eval/M1.json", "before"),
-        ("M2/checkpoint.pt", "after"), ("eval/table.md", "before"),
+        ("M1/checkpoint.safetensors", "after"), ("M1/adapter_config.json", "after"), ("eval/M1.json", "before"),
+        ("M2/checkpoint.safetensors", "after"), ("eval/table.md", "before"),
     ]  # fmt: skip
     for file, when in moments:
         result = iterate([*flags(config), "--resume"], KILL_AT=file, KILL_WHEN=when)

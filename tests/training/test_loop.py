@@ -597,7 +597,7 @@ def test_an_interrupted_training_resumes_to_the_same_bits(
     assert written == metrics
     assert [record["step"] for record in written] == list(range(12))
     assert [record | {"seconds": 0} for record in metrics] == [record | {"seconds": 0} for record in expected]
-    assert not (tmp_path / "again" / "checkpoint.pt").exists()
+    assert not (tmp_path / "again" / "checkpoint.safetensors").exists()
 
 
 def test_dropout_makes_a_difference(tmp_path: Path) -> None:
