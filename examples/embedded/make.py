@@ -5,7 +5,7 @@
 ``data/`` and ``backbone/`` are what ``--out examples/embedded`` makes (seed 0, 4,600 steps, 40 minutes on a busy core;
 torch 2.13, whose version and processor may change the last digits of the weights); two more files of dialogues in
 ``data/`` are made by ``strategies.py``. The backbone is a Llama of 1.1 million parameters in float32, 4.6 MB. A killed
-run continues from ``DIR/checkpoint.pt``.
+run continues from ``DIR/checkpoint.safetensors``.
 
 Measured by ``measure.py --dialogues 60``: 292 turns of users that share no two facts with those it was trained on,
 decoded as in the loop (temperature 0.9, top-p 0.8, top-k 50, repetition penalty 1.2), after
@@ -118,7 +118,7 @@ def main() -> None:
     write_data(out / "data", arguments.seed)
     if not arguments.data_only:
         settings = Settings(steps=arguments.steps, seed=arguments.seed)
-        make_backbone(out / "backbone", settings, out / "checkpoint.pt")
+        make_backbone(out / "backbone", settings, out / "checkpoint.safetensors")
 
 
 if __name__ == "__main__":

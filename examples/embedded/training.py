@@ -6,6 +6,7 @@ Each attention layer starts near "attend to what is alike, pass it on unchanged"
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,15 +15,19 @@ from random import Random
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from selfevo.files import replace_file
 from selfevo.models import ChatTokenizer, ModelConfig, Transformer
 from selfevo.trie import TreeContext, build_trie
 
 from . import lessons
 
 HEAD_SIZE = 32
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 # Keeps log-sum-exp near 0, so that sure tokens have logits near 0. A repetition penalty multiplies and divides logits,
 # and would else forbid a model with few certainties what a reflection is for: to repeat what the user said.
 CENTRING = 2e-3
@@ -182,24 +187,33 @@ def _backward(model: Transformer, tokenizer: ChatTokenizer, step: int, settings:
 def _save(
     path: Path, step: int, model: Transformer, muon: Muon, adam: torch.optim.Optimizer, settings: Settings
 ) -> None:
-    state = {
-        "step": step, "settings": vars(settings), "model": model.state_dict(), "muon": muon.buffers,
-        "adam": adam.state_dict(),
-    }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+    state = {"step": step, "settings": vars(settings)}
+    tensors = {name: tensor.detach() for name, tensor in _tensors(model, muon, adam).items()}
+    with replace_file(path) as partial:
+        save_file(tensors, partial, {"state": json.dumps(state)})
 
 
 def _resume(path: Path, model: Transformer, muon: Muon, adam: torch.optim.Optimizer, settings: Settings) -> int:
     """The step to go on with."""
     if not path.is_file():
         return 0
-    state = torch.load(path, weights_only=True)
-    if state["settings"] != vars(settings):
-        raise ValueError(f"{path}: is of a training with other settings; remove it or choose another folder")
-    model.load_state_dict(state["model"])
-    muon.buffers = state["muon"]
-    adam.load_state_dict(state["adam"])
+    with safe_open(path, framework="pt") as file:
+        state = json.loads(file.metadata()["state"])
+        if state["settings"] != vars(settings):
+            raise ValueError(f"{path}: is of a training with other settings; remove it or choose another folder")
+        for parameter in adam.param_groups[0]["params"]:
+            moments = {name: torch.zeros_like(parameter) for name in _MOMENTS}
+            adam.state[parameter] = {"step": torch.tensor(float(state["step"])), **moments}
+        with torch.no_grad():
+            for name, tensor in _tensors(model, muon, adam).items():
+                tensor.copy_(file.get_tensor(name))
     return int(state["step"])
+
+
+def _tensors(model: Transformer, muon: Muon, adam: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights, momenta and moments, by name."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
+    tensors |= {f"momentum.{i}": buffer for i, buffer in enumerate(muon.buffers)}
+    for i, parameter in enumerate(adam.param_groups[0]["params"]):
+        tensors |= {f"{name}.{i}": adam.state[parameter][name] for name in _MOMENTS}
+    return tensors

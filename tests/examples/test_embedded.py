@@ -213,7 +213,7 @@ def test_backbone_reflects_on_users_it_never_saw() -> None:
 
 def test_training_continues_to_the_same_weights(tmp_path: Path, tokenizer: ChatTokenizer) -> None:
     settings = training.Settings(steps=4, rows=1, hidden_size=32, intermediate_size=32, layers=1)
-    whole = training.train(tokenizer, settings, tmp_path / "whole.pt", every=2)
+    whole = training.train(tokenizer, settings, tmp_path / "whole.safetensors", every=2)
 
     class StoppedError(Exception):
         pass
@@ -222,12 +222,12 @@ def test_training_continues_to_the_same_weights(tmp_path: Path, tokenizer: ChatT
         raise StoppedError(step)
 
     with pytest.raises(StoppedError):
-        training.train(tokenizer, settings, tmp_path / "parts.pt", every=2, watch=stop)
-    parts = training.train(tokenizer, settings, tmp_path / "parts.pt", every=2)
+        training.train(tokenizer, settings, tmp_path / "parts.safetensors", every=2, watch=stop)
+    parts = training.train(tokenizer, settings, tmp_path / "parts.safetensors", every=2)
     for one, other in zip(whole.parameters(), parts.parameters()):
         assert torch.equal(one, other)
     with pytest.raises(ValueError, match="other settings"):
-        training.train(tokenizer, training.Settings(steps=5), tmp_path / "parts.pt")
+        training.train(tokenizer, training.Settings(steps=5), tmp_path / "parts.safetensors")
 
 
 def test_orthogonal_keeps_directions_and_levels_sizes() -> None:
