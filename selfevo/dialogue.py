@@ -107,6 +107,7 @@ def clean_dialogue(dialogue: Dialogue, counts: Counter[str], *, first_speaker: s
     turns (``empty_dialogues``). Cleaning a second time changes nothing.
     """
     turns: list[Turn] = []
+    texts: list[list[str]] = []  # of each turn: joined at the end, as many small pieces would take quadratic time
     opened = next((turn.speaker for turn in dialogue.turns if turn.text.strip()), "seeker")
     exchanged = first_speaker == "seeker" and opened == "supporter"
     for turn in dialogue.turns:
@@ -123,13 +124,17 @@ def clean_dialogue(dialogue: Dialogue, counts: Counter[str], *, first_speaker: s
             counts["leading_supporter_dropped"] += 1
         elif turns and turns[-1].speaker == turn.speaker:
             counts["turns_merged"] += 1
-            strategies = tuple(dict.fromkeys(turns[-1].strategies + turn.strategies))
-            turns[-1] = Turn(turn.speaker, f"{turns[-1].text}\n{text}", strategies)
+            if turn.strategies:
+                strategies = tuple(dict.fromkeys(turns[-1].strategies + turn.strategies))
+                turns[-1] = Turn(turn.speaker, "", strategies)
+            texts[-1].append(text)
         else:
-            turns.append(replace(turn, text=text))
+            turns.append(turn)
+            texts.append([text])
     if not turns:
         counts["empty_dialogues"] += 1
-    return replace(dialogue, turns=tuple(turns))
+    joined = (replace(turn, text="\n".join(own)) for turn, own in zip(turns, texts))
+    return replace(dialogue, turns=tuple(joined))
 
 
 def reply_examples(

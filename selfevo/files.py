@@ -21,7 +21,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 __all__ = [
     "Fields",
@@ -29,6 +29,7 @@ __all__ = [
     "StrPath",
     "append_jsonl",
     "file_hash",
+    "folder_hash",
     "locate",
     "read_json",
     "read_jsonl",
@@ -43,6 +44,8 @@ __all__ = [
 ]
 StrPath = str | os.PathLike[str]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_BLANK = " \t\r\n\ufeff"  # a byte order mark stands inside a file where others were joined to it
+_NO_BLANK = re.compile(f"[^{_BLANK}]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _REQUIRED = object()
 _KINDS = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number", bool: "true or false"}
@@ -162,7 +165,17 @@ def locate(source: StrPath, *, patterns: Sequence[str], revision: str | None = N
 
 def file_hash(path: StrPath) -> str:
     """The SHA-256 of a file's content. Raises ``FileError`` where there is no such file."""
-    return hashlib.sha256(_read_bytes(path)).hexdigest()
+    digest = hashlib.sha256()
+    with _open(path) as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def folder_hash(folder: Path, patterns: Sequence[str]) -> str:
+    """The SHA-256 of the names and contents of those files of a folder that match one of ``patterns``."""
+    files = sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    return hashlib.sha256("".join(f"{path.name} {file_hash(path)}\n" for path in files).encode()).hexdigest()
 
 
 def write_json(path: StrPath, obj: Any) -> None:
@@ -231,33 +244,53 @@ def resume_jsonl(path: StrPath) -> list[Any]:
 def read_records(path: StrPath) -> list[tuple[str, Any]]:
     """The records of a JSON list or of JSON lines (told apart by content, not by the file's name), at least one.
 
-    Each comes with a locator for messages, such as ``"data.json, record 3"`` or ``"data.jsonl, record 3 (line 4)"``.
-    Records are counted from 0, as Python does; lines from 1, as editors do. Raises ``FileError`` as ``read_json`` and
-    ``read_jsonl`` do, and for a file that is no list or holds no records.
+    Objects one after the other are records however they are laid out, and a byte order mark between them, as joined
+    files have, is skipped. NaN, which stands where a table has no value, is read as None. Each comes with a locator for
+    messages, such as ``"data.json, record 3"`` or ``"data.jsonl, record 3 (line 4)"``. Records are counted from 0, as
+    Python does; lines from 1, as editors do. Raises ``FileError`` as ``read_json`` and ``read_jsonl`` do, and for a
+    file that is no list or holds no records.
     """
     text = _filled(path, read_text(path))
-    if text.lstrip().startswith("{") and not _is_one_spread_object(text):
-        lines = _json_lines(path, text)
-        return [(f"{path}, record {index} (line {line})", value) for index, (line, value) in enumerate(lines)]
-    values = _loads(str(path), text)
+    if text.lstrip(_BLANK).startswith("{"):
+        try:
+            found = _json_lines(path, text, parse_constant=_constant)
+        except FileError:
+            found = _spread_objects(text)
+            if not found:
+                raise
+            if len(found) == 1:
+                raise FileError(f"{path}: holds one JSON object; expected a list of records, or one a line") from None
+        return [(f"{path}, record {index} (line {line})", value) for index, (line, value) in enumerate(found)]
+    values = _loads(str(path), text.lstrip("\ufeff"), parse_constant=_constant)
     if not isinstance(values, list):
-        kind = "one JSON object" if isinstance(values, dict) else "a single value"
-        raise FileError(f"{path}: holds {kind}; expected a list of records, or one record a line")
+        raise FileError(f"{path}: holds a single value; expected a list of records, or one record a line")
     if not values:
         raise FileError(f"{path}: the list holds no records; is this the right file?")
     return [(f"{path}, record {index}", value) for index, value in enumerate(values)]
 
 
-def _is_one_spread_object(text: str) -> bool:
-    """Whether the file is one JSON object over several lines, which its first line alone would not tell."""
-    try:
-        json.loads(text.strip().split("\n", 1)[0])
-    except (ValueError, RecursionError):
+def _spread_objects(text: str) -> list[tuple[int, Any]]:
+    """The objects of a text that holds nothing else, each with its line; none where anything is wrong."""
+    decoder = json.JSONDecoder(parse_constant=_constant)
+    found: list[tuple[int, Any]] = []
+    place, line = 0, 1
+    while (start := _NO_BLANK.search(text, place)) is not None:
+        line += text.count("\n", place, start.start())
+        place = start.start()
         try:
-            return isinstance(json.loads(text), dict)
+            value, end = decoder.raw_decode(text, place)
         except (ValueError, RecursionError):
-            return False
-    return False
+            return []
+        if not isinstance(value, dict):
+            return []
+        found.append((line, value))
+        line += text.count("\n", place, end)
+        place = end
+    return found
+
+
+def _constant(name: str) -> float | None:
+    return None if name == "NaN" else float(name)
 
 
 def _dumps(path: StrPath, obj: Any, indent: int | None = None) -> str:
@@ -269,14 +302,17 @@ def _dumps(path: StrPath, obj: Any, indent: int | None = None) -> str:
     return _LONE_SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
-def _read_bytes(path: StrPath) -> bytes:
+@contextmanager
+def _open(path: StrPath) -> Iterator[BinaryIO]:
+    """A regular file to read; what goes wrong, also while it is read, is a ``FileError``."""
     try:
         mode = os.stat(path).st_mode
         if stat.S_ISDIR(mode):
             raise FileError(f"{path}: is a folder; give the file inside it")
         if not stat.S_ISREG(mode):
             raise FileError(f"{path}: is a pipe or a device; give a file, such as one that its content was written to")
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            yield file
     except FileNotFoundError as error:
         raise FileError(f"{path}: there is no such file; check the path") from error
     except OSError as error:
@@ -285,6 +321,11 @@ def _read_bytes(path: StrPath) -> bytes:
         raise
     except ValueError as error:  # a null byte, half a surrogate pair
         raise FileError(f"{str(path)!r}: cannot be the name of a file; check the path") from error
+
+
+def _read_bytes(path: StrPath) -> bytes:
+    with _open(path) as file:
+        return file.read()
 
 
 def _decode(path: StrPath, data: bytes) -> str:
@@ -302,14 +343,14 @@ def _filled(path: StrPath, text: str) -> str:
     return text
 
 
-def _json_lines(path: StrPath, text: str) -> list[tuple[int, Any]]:
-    lines = enumerate(text.split("\n"), start=1)
-    return [(number, _loads(f"{path}, line {number}", line)) for number, line in lines if line.strip()]
+def _json_lines(path: StrPath, text: str, **how: Any) -> list[tuple[int, Any]]:
+    lines = ((number, line.lstrip(_BLANK)) for number, line in enumerate(text.split("\n"), start=1))
+    return [(number, _loads(f"{path}, line {number}", line, **how)) for number, line in lines if line]
 
 
-def _loads(where: str, text: str) -> Any:
+def _loads(where: str, text: str, **how: Any) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, **how)
     except json.JSONDecodeError as error:
         raise FileError(f"{where}: {_problem(text, error)}") from error
     except RecursionError as error:

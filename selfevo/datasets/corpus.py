@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
+
+from tqdm import tqdm
 
 from selfevo.datasets.readers import load_alpaca, load_dialogues
 from selfevo.datasets.seeds import derive_seed
@@ -21,6 +27,17 @@ from selfevo.dialogue import (
 )
 
 SFT_DATA = ("esconv", "synthetic")
+# What is left out of a file, by the rule that counts it; named on stderr where it is more than a few.
+_DROPS = {
+    "system_messages_dropped": "system messages (replies are made under the run's own, see --prompts-file)",
+    "leading_supporter_dropped": "supporter turns before the seeker's first (see --first-speaker)",
+    "blank_turns_dropped": "blank turns",
+    "turns_without_speaker_dropped": "turns without a speaker",
+    "empty_dialogues": "dialogues without turns",
+    "blank_outputs_skipped": "instructions without an answer",
+    "blank_instructions_skipped": "instructions without a question",
+}
+_FEW = 3
 
 
 @dataclass
@@ -35,6 +52,24 @@ class DataLog:
         counter: Counter[str] = Counter()
         self.counts[f"{path}, {step}"] = counter
         return counter
+
+
+def distinct_names(paths: Iterable[str]) -> dict[str, str]:
+    """A name for each file: its stem or, where another file has that already, as much of its path as it takes."""
+    names: dict[str, str] = {}
+    taken: dict[str, str] = {}  # name -> full path
+    for path in paths:
+        full = os.path.realpath(path)
+        parts = Path(full).parts
+        longer = ("/".join(parts[-depth:]) for depth in range(2, len(parts) + 1))
+        names[path] = next(name for name in (Path(path).stem, *longer) if taken.setdefault(name, full) == full)
+    return names
+
+
+def _tell_drops(path: str, counts: Counter[str]) -> None:
+    found = ", ".join(f"{counts[rule]:,} {what}" for rule, what in _DROPS.items() if counts[rule] > _FEW)
+    if found:
+        tqdm.write(f"{path}: left out are {found}", file=sys.stderr)
 
 
 class CorpusError(ValueError):
@@ -66,6 +101,11 @@ class HumanData:
         """Every file that is read."""
         return tuple(name for name in (self.esconv, self.test) if name)
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What ids of each file's records begin with; the test file's do not depend on the other files."""
+        return distinct_names(sorted(self.files, key=lambda path: path != self.test))
+
 
 @dataclass(frozen=True)
 class DataSettings(HumanData):
@@ -83,6 +123,9 @@ class DataSettings(HumanData):
             raise ValueError(f"sft_data should be one of {', '.join(SFT_DATA)}, not {self.sft_data!r}")
         if self.sft_data == "synthetic" and not self.synthetic:
             raise ValueError("sft_data synthetic needs synthetic dialogues: give their files with --synthetic")
+        full = [os.path.realpath(path) for path in self.synthetic]
+        if twice := [path for path, own in zip(self.synthetic, full) if full.count(own) > 1]:
+            raise ValueError(f"synthetic has the same file twice: {', '.join(twice)}; give it once")
         if self.replay_count < 0:
             raise ValueError(f"replay_count must not be negative: {self.replay_count}")
         super().__post_init__()
@@ -187,27 +230,35 @@ def _test_turns(dialogues: list[Dialogue], skip_greetings: bool, counts: Counter
 
 
 def read_dialogues(
-    path: str, limit: int = 0, log: DataLog | None = None, *, first_speaker: str = "drop"
+    path: str, limit: int = 0, log: DataLog | None = None, *, first_speaker: str = "drop", name: str = ""
 ) -> list[Dialogue]:
-    """The cleaned dialogues of a file that have turns left, of the first ``limit`` ones (0: all)."""
+    """The cleaned dialogues of a file that have turns left, of the first ``limit`` ones (0: all).
+
+    What is left out is counted, ``system_messages_dropped`` included, and told on stderr where it is more than a few.
+    """
     log = DataLog() if log is None else log
     counter = log.counter(path, "dialogues")
-    dialogues = load_dialogues(path, counter)
+    dialogues = load_dialogues(path, counter, name=name)
     dialogues = dialogues[:limit] if limit else dialogues
     cleaned = [clean_dialogue(dialogue, counter, first_speaker=first_speaker) for dialogue in dialogues]
     kept = [dialogue for dialogue in cleaned if dialogue.turns]
+    if systems := sum(bool(dialogue.system) for dialogue in kept):
+        counter["system_messages_dropped"] = systems
+    _tell_drops(path, counter)
     counter["dialogues"] = len(kept)
     log.statistics[path] = describe_dialogues(kept)
     return kept
 
 
 def _read(path: str, data: HumanData, log: DataLog) -> list[Dialogue]:
-    return read_dialogues(path, data.limit, log, first_speaker=data.first_speaker)
+    return read_dialogues(path, data.limit, log, first_speaker=data.first_speaker, name=data.names[path])
 
 
 def _replay(data: DataSettings, seed: int, log: DataLog) -> list[Instruction]:
     if not data.replay or not data.replay_count:
         return []
-    instructions = load_alpaca(data.replay, log.counter(data.replay, "instructions"))
+    counter = log.counter(data.replay, "instructions")
+    instructions = load_alpaca(data.replay, counter, name=data.names[data.replay])
+    _tell_drops(data.replay, counter)
     wanted = min(len(instructions), data.replay_count, data.limit or data.replay_count)
     return random.Random(derive_seed(seed, "replay")).sample(instructions, wanted)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from selfevo.dialogue import Messages
 from selfevo.models.tokenizer import ChatTokenizer
 
+_DENSE = 8  # characters a token: a conversation with more is probably longer than the window
+
 
 @dataclass(frozen=True)
 class FittedPrompt:
@@ -25,22 +27,35 @@ def fit_prompt(tokenizer: ChatTokenizer, messages: Messages, max_tokens: int, *,
     system = [message for message in messages[:1] if message["role"] == "system"]
     spoken = messages[len(system) :]
 
-    def encode(exchanges: int) -> list[int]:
-        return tokenizer.encode_chat([*system, *spoken[2 * exchanges :]])
+    def encode(exchanges: int) -> list[int] | None:
+        """The ids without so many exchanges; None where they do not fit. A text that cannot fit is not encoded."""
+        kept = [*system, *spoken[2 * exchanges :]]
+        if sum(tokenizer.least_tokens(message["content"]) for message in kept) > max_tokens:
+            return None
+        ids = tokenizer.encode_chat(kept)
+        return ids if len(ids) <= max_tokens else None
 
-    ids = encode(0)
-    least, most = 0, max(0, len(spoken) - keep_last) // 2  # exchanges to drop: too few, and as many as may be
-    if len(ids) <= max_tokens:
-        return FittedPrompt(ids, 0)
-    shortest = encode(most)
-    if len(shortest) > max_tokens:
-        return FittedPrompt(None, 2 * most)
-    ids = shortest
-    while most - least > 1:
+    # Exchanges to drop: as many as may be, and one fewer than the fewest that can do.
+    most, least = max(0, len(spoken) - keep_last) // 2, -1
+    if sum(len(message["content"]) for message in spoken) <= _DENSE * max_tokens:  # else they hardly fit
+        whole = encode(0)
+        if whole is not None or not most:
+            return FittedPrompt(whole, 0)
+        least = 0
+    ids = encode(most)
+    step = 1
+    while ids is not None and most - least > 1:  # from the end: what is far beyond the window is never encoded
+        tried = max(least + 1, most - step)
+        found = encode(tried)
+        if found is None:
+            least = tried
+            break
+        most, ids, step = tried, found, 2 * step
+    while ids is not None and most - least > 1:
         middle = (least + most) // 2
-        tried = encode(middle)
-        if len(tried) > max_tokens:
+        found = encode(middle)
+        if found is None:
             least = middle
         else:
-            most, ids = middle, tried
+            most, ids = middle, found
     return FittedPrompt(ids, 2 * most)

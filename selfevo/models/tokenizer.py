@@ -42,7 +42,8 @@ class TokenizerError(ValueError):
 class JsonBackend:
     """A tokenizer of the ``tokenizers`` library, given as the content of a ``tokenizer.json``.
 
-    ``special`` has the ids of the special tokens, ``size`` is one more than the largest id.
+    ``special`` has the ids of the special tokens, ``size`` is one more than the largest id, ``longest`` the length of
+    the longest token.
     """
 
     def __init__(self, settings: dict[str, Any], markers: set[str], path: Path) -> None:
@@ -57,7 +58,8 @@ class JsonBackend:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.special = {token["content"]: int(token["id"]) for token in added if token["special"]}
-        self.size = 1 + max(self._tokenizer.get_vocab().values())
+        vocabulary = self._tokenizer.get_vocab()
+        self.size, self.longest = 1 + max(vocabulary.values()), max(map(len, vocabulary))
         # sentencepiece puts a space before every text; Metaspace does so unless the text begins with a space already
         scheme = _metaspace_scheme(settings.get("pre_tokenizer"))
         self._dummy_space = scheme not in (None, "never")
@@ -117,6 +119,7 @@ class SentencePieceBackend:
         control = [i for i in range(self._pieces) if self._model.IsControl(i) or self._model.IsUnknown(i)]
         self.special = {self._model.IdToPiece(i): i for i in control} | added
         self.size = 1 + max(self._pieces - 1, *added.values()) if added else self._pieces
+        self.longest = max(len(self._model.IdToPiece(i)) for i in range(self._pieces))
 
     def encode(self, text: str) -> list[int]:
         return list(self._model.Encode(text))
@@ -193,6 +196,11 @@ class ChatTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, without BOS or EOS; text that looks like a special token stays text."""
         return list(self._encode(text, None))
+
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that a text has at least, without encoding it: none stands for more than so many
+        characters, and normalising (to NFC) makes at most four of them into one."""
+        return len(text.strip()) // (4 * self._backend.longest)
 
     def encode_run(self, text: str, *, first: bool) -> list[int]:
         """Ids of plain text within a larger one: ``first`` at its beginning, else after a control token.

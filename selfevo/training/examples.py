@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from selfevo.datasets.encoding import fit_prompt
 from selfevo.datasets.pairs import Pair
@@ -15,6 +15,7 @@ from selfevo.dialogue import (
     reply_examples,
     to_messages,
 )
+from selfevo.models.chat import ChatError
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.scoring import Example as ScoredExample
 from selfevo.training.objectives import PairIds, SFTObjective
@@ -36,22 +37,25 @@ def sft_objective(
     A context longer than the window loses its oldest turns; an example that cannot fit even so is left out. Both are
     counted.
     """
-    conversations: list[SFTExample] = []
-    for dialogue in dialogues:
-        for example in reply_examples(dialogue, Counter(), skip_first=0, skip_last=0):
-            conversations.append((dialogue.id, reply_prompt(to_messages(example.context), system), example.golden.text))
-    for instruction in replay:
-        *messages, answer = [dict(message) for message in instruction.messages]
-        conversations.append((instruction.id, messages, answer["content"]))
-    return encode_sft_examples(tokenizer, conversations, window=window, counts=counts)
+
+    def conversations() -> Iterator[SFTExample]:
+        for dialogue in dialogues:
+            for example in reply_examples(dialogue, Counter(), skip_first=0, skip_last=0):
+                yield dialogue.id, reply_prompt(to_messages(example.context), system), example.golden.text
+        for instruction in replay:
+            *messages, answer = [dict(message) for message in instruction.messages]
+            yield instruction.id, messages, answer["content"]
+
+    return encode_sft_examples(tokenizer, conversations(), window=window, counts=counts)
 
 
 def encode_sft_examples(
-    tokenizer: ChatTokenizer, conversations: Sequence[SFTExample], *, window: int, counts: Counter[str]
+    tokenizer: ChatTokenizer, conversations: Iterable[SFTExample], *, window: int, counts: Counter[str]
 ) -> SFTObjective:
     """Conversations and the replies to them as ids.
 
-    Counts ``examples``, ``context_cut``, ``too_long_left_out`` and ``empty_reply_left_out``.
+    Raises ``ChatError`` that names a conversation which the chat format cannot write. Counts ``examples``,
+    ``context_cut``, ``too_long_left_out`` and ``empty_reply_left_out``.
     """
     examples: list[ScoredExample] = []
     groups: list[str] = []
@@ -59,9 +63,12 @@ def encode_sft_examples(
         if not reply.strip():
             counts["empty_reply_left_out"] += 1
             continue
-        response = tokenizer.encode_reply(reply)
-        prompt = fit_prompt(tokenizer, messages, window - len(response))
-        if prompt.ids is None:
+        response = [] if tokenizer.least_tokens(reply) > window else tokenizer.encode_reply(reply)
+        try:
+            prompt = fit_prompt(tokenizer, messages, window - len(response))
+        except ChatError as error:
+            raise ChatError(f"{group}: {error}; mend or remove this record") from error
+        if prompt.ids is None or not response:
             counts["too_long_left_out"] += 1
             continue
         counts["context_cut"] += bool(prompt.turns_dropped)
@@ -75,6 +82,8 @@ def encode_pairs(tokenizer: ChatTokenizer, pairs: list[Pair], window: int) -> tu
     """Pairs as ids; one that cannot fit into the window even without its older turns is left out."""
     kept, ids = [], []
     for pair in pairs:
+        if max(map(tokenizer.least_tokens, (pair.chosen, pair.rejected))) > window:
+            continue
         chosen, rejected = tokenizer.encode_reply(pair.chosen), tokenizer.encode_reply(pair.rejected)
         if pair.rejected_cut:  # the model did not choose to end it
             rejected.pop()

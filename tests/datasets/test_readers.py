@@ -175,7 +175,8 @@ def test_the_form_of_a_file_is_told_from_its_keys(shared: Path, name: str, loade
     path = shared / "data" / f"{name}.json"
     assert load_dialogues(path) == loader(path)
     if loader is load_extes:
-        with pytest.raises(FileError, match=r"no known form.*ESConv \(dialog\); messages \(messages\)$"):
+        known = r"ESConv \(dialog\); messages \(messages\); ShareGPT \(conversations\)$"
+        with pytest.raises(FileError, match=r"no known form.*" + known):
             load_serveforemo(path)
     else:
         assert load_serveforemo(path) == loader(path)
