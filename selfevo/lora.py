@@ -88,10 +88,11 @@ class LoRALinear(nn.Linear):
         # Beside frozen adapters, a disabled adapter is computed with zeros of the same shape: at the first step, policy
         # and reference then agree to the last bit.
         b = self.lora_B * (self.alpha / self.rank) if self.adapter_enabled else torch.zeros_like(self.lora_B)
-        if not (self.dropout or torch.is_autocast_enabled(x.device.type)):
+        kind = "cpu" if x.is_meta else x.device.type  # autocast does not know the meta device
+        if not (self.dropout or torch.is_autocast_enabled(kind)):
             return adapted_linear(x, self.weight, self.bias, self.frozen_A, self.frozen_B, self.lora_A, b)
         result = F.linear(x, self.weight, self.bias)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(kind, enabled=False):
             wide = x.to(b.dtype)
             dropped = F.dropout(wide, self.dropout, self.training)
             frozen = F.linear(F.linear(wide, self.frozen_A), self.frozen_B)

@@ -52,8 +52,8 @@ def dpo_sft_loss(
 
     Inputs are converted to float32 before any subtraction. The reference is a constant: no gradient flows into it.
 
-    Raises ValueError for arguments that are empty, not (N,) or of different shapes, lengths below 1, beta <= 0 and
-    gamma < 0.
+    Raises ValueError for arguments that are empty, not (N,) or of different shapes, lengths below 1 (looked for on a
+    CPU), beta <= 0 and gamma < 0.
     """
     named = {
         "policy_chosen": policy_chosen,
@@ -117,7 +117,7 @@ def _check_pairs(named: dict[str, Tensor], beta: float, gamma: float) -> None:
         if values.shape != shape:
             raise ValueError(f"{name} must have the shape of policy_chosen, {tuple(shape)}, not {tuple(values.shape)}")
     lengths = named.get("chosen_lengths")
-    if lengths is not None and not bool((lengths >= 1).all()):
+    if lengths is not None and lengths.device.type == "cpu" and not bool((lengths >= 1).all()):  # a GPU is not waited for
         raise ValueError("chosen_lengths must be at least 1: a reply has at least its stop id")
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta must be positive, not {beta}")

@@ -217,8 +217,8 @@ def draw_plans(plans: Sequence[Plan | None], sampling: Sampling) -> list[Plan | 
     if not known:
         return list(plans)
     keys, logps = torch.tensor(list(known)), torch.tensor(list(known.values()))
-    chosen = replace(sampling, repetition_penalty=1.0).sample(logps.t(), keys[:, None], keys, torch.zeros_like(keys))
-    drawn = dict(zip(known, chosen.tolist()))
+    _, chosen = replace(sampling, repetition_penalty=1.0).sample(logps.t(), keys[:, None], keys, torch.zeros_like(keys))
+    drawn = dict(zip(known, chosen))
     return [found and Plan(ESCONV_STRATEGIES[drawn[index]], found.logps) for index, found in enumerate(plans)]
 
 

@@ -212,8 +212,8 @@ class _Decoder:
             logits = head_logits(hidden, self.model.lm_head.weight, self.logits)
         with self._observed("sample", len(sequences)):
             ban(logits, [None if s.filling is None else s.filling.banned for s in sequences])
-            tokens = self.sampling.sample(logits, seen, self.keys[rows], self.steps[rows])
-            for place, (sequence, token) in enumerate(zip(sequences, tokens.tolist())):
+            tokens, found = self.sampling.sample(logits, seen, self.keys[rows], self.steps[rows])
+            for place, (sequence, token) in enumerate(zip(sequences, found)):
                 if sequence.filling is None:
                     sequence.reply.append(token)
                 else:

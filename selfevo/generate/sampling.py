@@ -8,7 +8,7 @@ repeats its first.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -46,16 +46,22 @@ class Sampling:
         if not 0 < self.repetition_penalty < math.inf:
             raise ValueError(f"repetition_penalty must be a positive, finite number: {self.repetition_penalty}")
 
-    def sample(self, logits: Tensor, seen: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, seen: Tensor, keys: Tensor, steps: Tensor) -> tuple[Tensor, list[int]]:
         """Logits (V, R), overwritten, ids seen (R, L), both as ``logits_to_probs`` wants them, sequence keys and
-        step numbers (R,) -> next ids (R,). Of likeliest ids that tie, greedy takes the smallest."""
+        step numbers (R,) -> next ids (R,), on the device and as numbers. Of likeliest ids that tie, greedy takes the
+        smallest."""
         greedy = self.temperature < _COLDEST
         temperature, top_k, top_p = (1.0, 1, 1.0) if greedy else (self.temperature, self.top_k, self.top_p)
-        probs, ids = logits_to_probs(
-            logits, seen, penalty=self.repetition_penalty, temperature=temperature, top_k=top_k, top_p=top_p
-        )
         noise = uniform_noise(self.seed, keys, steps)
-        return draw(probs, ids, torch.zeros_like(noise) if greedy else noise)
+        if greedy:
+            noise = torch.zeros_like(noise)
+        attempts = _attempts(logits, seen, self.repetition_penalty, temperature, top_k, top_p)
+        while True:
+            probs, ids, trouble = next(attempts)
+            tokens = draw(probs, ids, noise)
+            *found, tied, broken = torch.cat((tokens, trouble)).tolist()  # the one time that a step waits for a GPU
+            if not _fails(tied, broken):
+                return tokens, found
 
 
 def logits_to_probs(
@@ -69,27 +75,46 @@ def logits_to_probs(
     keeps the smallest set, likeliest first, whose mass reaches p. Penalty 1, ``top_k`` 0 and ``top_p`` 1 switch a step
     off. The vocabulary is sorted only without a top-k. Raises FloatingPointError for logits that are not finite.
     """
-    vocab = len(logits)
-    k = min(top_k, vocab) if top_k else vocab
     if seen is None:
         seen, penalty = torch.zeros(logits.shape[1], 1, dtype=torch.int64, device=logits.device), 1.0
+    attempts = _attempts(logits, seen, penalty, temperature, top_k, top_p)
+    probs, ids, trouble = next(attempts)
+    while _fails(*trouble.tolist()):
+        probs, ids, trouble = next(attempts)
+    return probs, ids
+
+
+def _attempts(
+    logits: Tensor, seen: Tensor, penalty: float, temperature: float, top_k: int, top_p: float
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Probabilities and ids of candidates, found among more and more of the largest scores, and what may be wrong with
+    them, (2,) int64: that the k-th score ties with others that were not looked at, which is common in bfloat16, and
+    that logits are not finite. The device is not waited for."""
+    vocab = len(logits)
+    k = min(top_k, vocab) if top_k else vocab
     penalised = None if penalty == 1 else _penalise(logits, seen, penalty)
     width = min(k + _TIES, vocab)
-    scores, ids = _topk(logits, seen, penalised, width)
-    # A tie that may go on; common in bfloat16. Ids of probability 0, as banned ones, need no such care.
-    while width < vocab and bool(((scores[:, k - 1] == scores[:, -1]) & (scores[:, -1] > -torch.inf)).any()):
-        width = min(2 * width, vocab)
+    while True:
         scores, ids = _topk(logits, seen, penalised, width)
-    if not bool(torch.isfinite(scores[:, 0]).all()):  # NaN counts as the largest
+        # Ids of probability 0, as banned ones, may tie as they like.
+        tied = ((scores[:, k - 1] == scores[:, -1]) & (scores[:, -1] > -torch.inf)).any() & (width < vocab)
+        broken = ~torch.isfinite(scores[:, 0]).all()  # NaN counts as the largest
+        scores = scores.masked_fill(scores < scores[:, k - 1 : k], float("-inf"))
+        probs = (scores / temperature).softmax(dim=1)
+        if top_p < 1:
+            mass_before = probs.cumsum(dim=1) - probs
+            mass_before[:, 0] = 0.0  # at least one token stays
+            probs = probs.masked_fill(mass_before >= top_p, 0.0)
+            probs = probs / probs.sum(dim=1, keepdim=True)
+        yield probs, ids, torch.stack((tied, broken)).long()
+        width = min(2 * width, vocab)
+
+
+def _fails(tied: int, broken: int) -> bool:
+    """Whether to look at more scores. Raises FloatingPointError for logits that are not finite."""
+    if broken:
         raise FloatingPointError("the model's logits are not finite: are its weights damaged, or the dtype too narrow?")
-    scores = scores.masked_fill(scores < scores[:, k - 1 : k], float("-inf"))
-    probs = (scores / temperature).softmax(dim=1)
-    if top_p < 1:
-        mass_before = probs.cumsum(dim=1) - probs
-        mass_before[:, 0] = 0.0  # at least one token stays
-        probs = probs.masked_fill(mass_before >= top_p, 0.0)
-        probs = probs / probs.sum(dim=1, keepdim=True)
-    return probs, ids
+    return bool(tied)
 
 
 def _penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -14,6 +14,8 @@ from selfevo.scoring import Example, packed_logps
 from selfevo.training.settings import PreferenceSettings
 from selfevo.trie.trie import Ids, as_ids
 
+Statistics = dict[str, Tensor]  # float64 numbers on the model's device, which nobody waits for
+
 
 class Objective(Protocol):
     """Items to train on; ``groups`` names the dialogue of each, so that items with a shared prefix stay together."""
@@ -25,7 +27,7 @@ class Objective(Protocol):
         """The token sequences of one item, which stay in one pack."""
         ...
 
-    def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, Statistics]:
         """The loss summed over the items of one pack, to differentiate, and statistics summed over them."""
         ...
 
@@ -44,10 +46,10 @@ class SFTObjective:
         prompt, response = self.examples[index]
         return [as_ids([*prompt, *response])]
 
-    def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, Statistics]:
         sums, lengths = packed_logps(model, [self.examples[i] for i in indices])
         loss = -(sums / lengths).sum()
-        return loss, {"loss": loss.item(), "tokens": float(lengths.sum())}
+        return loss, {"loss": loss.detach().double(), "tokens": lengths.sum().double()}
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class DPOObjective:
         pair = self.pairs[index]
         return [as_ids([*pair.prompt, *pair.chosen]), as_ids([*pair.prompt, *pair.rejected])]
 
-    def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, Statistics]:
         count = len(indices)
         pairs = [self.pairs[i] for i in indices]
         sums, lengths = packed_logps(model, both_sides(pairs))
@@ -90,17 +92,17 @@ class DPOObjective:
         )  # fmt: skip
         per_token = sums.detach() / lengths
         statistics = {
-            "loss": result.loss.item() * count,
-            "dpo": result.dpo.item() * count,
-            "sft": result.sft.item() * count,
-            "accuracy": float((result.chosen_rewards > result.rejected_rewards).sum()),
-            "chosen_reward": float(result.chosen_rewards.sum()),
-            "rejected_reward": float(result.rejected_rewards.sum()),
-            "chosen_logp_per_token": float(per_token[:count].sum()),
-            "rejected_logp_per_token": float(per_token[count:].sum()),
-            "tokens": float(lengths.sum()),
+            "loss": result.loss.detach().double() * count,
+            "dpo": result.dpo.detach().double() * count,
+            "sft": result.sft.detach().double() * count,
+            "accuracy": (result.chosen_rewards > result.rejected_rewards).sum(),
+            "chosen_reward": result.chosen_rewards.sum(),
+            "rejected_reward": result.rejected_rewards.sum(),
+            "chosen_logp_per_token": per_token[:count].sum(),
+            "rejected_logp_per_token": per_token[count:].sum(),
+            "tokens": lengths.sum(),
         }
-        return result.loss * count, statistics
+        return result.loss * count, {name: value.double() for name, value in statistics.items()}
 
 
 def both_sides(pairs: Sequence[PairIds]) -> list[Example]:

@@ -25,10 +25,10 @@ def reference_logps(model: Transformer, pairs: Sequence[PairIds], max_tokens: in
     adapter disabled: (N, 2) float32 on the CPU."""
     items = [[as_ids([*pair.prompt, *pair.chosen]), as_ids([*pair.prompt, *pair.rejected])] for pair in pairs]
     result = torch.empty(len(pairs), 2)
+    packs = pack(items, max_tokens)
     with disable_adapters(model):
-        for members in pack(items, max_tokens):
-            sums, _ = packed_logps(model, both_sides([pairs[i] for i in members]))
-            result[members] = sums.cpu().view(2, -1).T
+        found = [packed_logps(model, both_sides([pairs[i] for i in members]))[0].view(2, -1).T for members in packs]
+    result[[i for members in packs for i in members]] = torch.cat(found).cpu()
     return result
 
 

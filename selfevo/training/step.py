@@ -12,7 +12,7 @@ import torch
 
 from selfevo.datasets.seeds import derive_seed
 from selfevo.models.transformer import Transformer
-from selfevo.training.objectives import Objective
+from selfevo.training.objectives import Objective, Statistics
 from selfevo.training.settings import TrainSettings
 from selfevo.trie.packing import pack
 
@@ -34,24 +34,35 @@ def train_step(
         group["lr"] = rate
     model.train()
     optimiser.zero_grad(set_to_none=True)
-    sums: dict[str, float] = {}
+    sums: Statistics = {}
     with torch.random.fork_rng():  # dropout draws depend on the step alone, so a resumed run repeats them
         torch.manual_seed(derive_seed(settings.seed, "dropout", step))
         for members in pack([objective.sequences(i) for i in batch], settings.max_tokens):
             loss, statistics = objective.loss(model, [batch[m] for m in members])
             (loss / len(batch)).backward()
-            for name, value in statistics.items():
-                sums[name] = sums.get(name, 0.0) + value
-    if not math.isfinite(sums["loss"]):
-        raise FloatingPointError(f"step {step}: the loss is {sums['loss']}: are the weights or the data damaged?")
+            sums = _added(sums, statistics)
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-    if not torch.isfinite(norm):
+    found = _read(sums | {"gradient_norm": norm}, model.device)
+    norm_found = found.pop("gradient_norm")
+    if not math.isfinite(found["loss"]):
+        raise FloatingPointError(f"step {step}: the loss is {found['loss']}: are the weights or the data damaged?")
+    if not math.isfinite(norm_found):
         raise FloatingPointError(f"step {step}: the gradient is not finite; a lower learning rate may help")
     optimiser.step()
     record: dict[str, Any] = {"step": step, "learning_rate": rate, "items": len(batch)}
-    record |= {name: value / len(batch) for name, value in sums.items()}
-    record |= {"gradient_norm": float(norm), "seconds": round(time.perf_counter() - started, 4)}
+    record |= {name: value / len(batch) for name, value in found.items()}
+    record |= {"gradient_norm": norm_found, "seconds": round(time.perf_counter() - started, 4)}
     return record
+
+
+def _added(sums: Statistics, statistics: Statistics) -> Statistics:
+    return {name: sums[name] + value for name, value in statistics.items()} if sums else statistics
+
+
+def _read(statistics: Statistics, device: torch.device) -> dict[str, float]:
+    """The numbers themselves: the one time that a step waits for the device."""
+    numbers = [torch.as_tensor(value, dtype=torch.float64, device=device) for value in statistics.values()]
+    return dict(zip(statistics, torch.stack(numbers).tolist()))
 
 
 def learning_rate(step: int, total: int, settings: TrainSettings) -> float:
@@ -87,9 +98,7 @@ def batch_indices(groups: Sequence[str], step: int, steps_per_epoch: int, settin
 def evaluate_held_out(model: Transformer, held_out: Objective, settings: TrainSettings) -> dict[str, float]:
     """Statistics on held-out items, averaged."""
     model.eval()
-    sums: dict[str, float] = {}
+    sums: Statistics = {}
     for members in pack([held_out.sequences(i) for i in range(len(held_out))], settings.max_tokens):
-        _, statistics = held_out.loss(model, members)
-        for name, value in statistics.items():
-            sums[name] = sums.get(name, 0.0) + value
-    return {name: value / len(held_out) for name, value in sums.items()}
+        sums = _added(sums, held_out.loss(model, members)[1])
+    return {name: value / len(held_out) for name, value in _read(sums, model.device).items()}

@@ -23,22 +23,23 @@ DENSE_FOREST = 96  # nodes; what hangs below one node and has no more of them sh
 class Tile:
     """Consecutive nodes, ``rows``, that attend to the nodes of the slices ``seen``, the last of which ends with them.
 
-    ``blocked`` (rows, rows) is True where a node may not attend among the rows themselves; all else that is seen may be
-    attended to.
+    ``blocked`` (rows, rows), on the CPU, is True where a node may not attend among the rows themselves; all else that
+    is seen may be attended to.
     """
 
     rows: slice
     seen: tuple[slice, ...]
     blocked: Tensor
+    device: torch.device
 
     @cached_property
     def mask(self) -> Tensor | None:
         """(rows, seen), True where a node may attend; None where that is a plain chain that sees nothing else."""
         count = len(self.blocked)
         before = sum(part.stop - part.start for part in self.seen) - count
-        if not before and torch.equal(self.blocked, _later(count, self.blocked.device)):
+        if not before and torch.equal(self.blocked, _later(count)):
             return None
-        return torch.cat((self.blocked.new_ones(count, before), ~self.blocked), dim=1)
+        return torch.cat((self.blocked.new_ones(count, before), ~self.blocked), dim=1).to(self.device)
 
 
 @dataclass(frozen=True)
@@ -89,13 +90,13 @@ class TreeMask:
 
     def _tile(self, rows: slice, before: tuple[slice, ...]) -> Tile:
         nodes = torch.arange(rows.start, rows.stop)
-        blocked = _later(len(nodes), nodes.device) | (nodes[:, None] >= self.trie.ends[rows][None, :])
-        return Tile(rows, _joined((*before, rows)), blocked.to(self.device))
+        blocked = _later(len(nodes)) | (nodes[:, None] >= self.trie.ends[rows][None, :])
+        return Tile(rows, _joined((*before, rows)), blocked, self.device)
 
 
-def _later(count: int, device: torch.device) -> Tensor:
+def _later(count: int) -> Tensor:
     """(count, count), True above the diagonal: what a chain may not attend to."""
-    return torch.ones(count, count, dtype=torch.bool, device=device).triu(1)
+    return torch.ones(count, count, dtype=torch.bool).triu(1)
 
 
 def _joined(parts: tuple[slice, ...]) -> tuple[slice, ...]:

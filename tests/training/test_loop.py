@@ -338,7 +338,7 @@ def test_the_sft_term_is_a_mean_or_a_sum_over_tokens() -> None:
     for objective, expected in ((mean, -(sums / lengths).mean()), (total, -sums.mean())):
         loss, statistics = objective.loss(model, range(len(pairs)))
         assert statistics["sft"] / len(pairs) == pytest.approx(expected.item(), rel=1e-4)
-        assert loss.item() == pytest.approx(statistics["dpo"] + statistics["sft"], rel=1e-5)
+        assert loss.item() == pytest.approx(float(statistics["dpo"] + statistics["sft"]), rel=1e-5)
 
 
 @pytest.mark.parametrize(
