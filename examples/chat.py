@@ -35,10 +35,11 @@ from selfevo.decoupled.planner import (
 from selfevo.dialogue import Message, Turn, to_messages
 from selfevo.evaluation.folder import VANILLA, stage_names
 from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, RunError, load_backbone, read_settings
-from selfevo.evolve.reflection import parse_reflection, reflection_prompt
+from selfevo.evolve.reflection import GUIDED, answer_form, parse_reflection, reflection_prompt
 from selfevo.evolve.settings import change
 from selfevo.files import write_text
 from selfevo.generate import generate
+from selfevo.generate.form import Form
 from selfevo.generate.replies import ReplySettings
 from selfevo.lora import load_adapter, remove_adapters
 from selfevo.models import ChatTokenizer, Transformer
@@ -60,7 +61,9 @@ class Speaker:
         if adapter is not None:
             load_adapter(self.model, adapter)
 
-    def write(self, prompt: list[Message], tokens: int, keep: int = 1) -> str:
+    def write(
+        self, prompt: list[Message], tokens: int, keep: int = 1, form: Callable[[int], Form] | None = None
+    ) -> str:
         """One sampled continuation; the number of messages is its key, so that turns draw differently."""
         room = min(tokens, self.model.config.max_positions // 4)
         fitted = fit_prompt(self.tokenizer, prompt, self.model.config.max_positions - room, keep_last=keep)
@@ -68,7 +71,7 @@ class Speaker:
             raise RunError("what you said is longer than the model's window; say less at once")
         (ids,) = generate(
             self.model, [fitted.ids], max_new_tokens=room, stop_ids=self.tokenizer.stop_ids, keys=[len(prompt)],
-            **vars(self.replies.sampling),
+            form=None if form is None else form(room), **vars(self.replies.sampling),
         )  # fmt: skip
         return self.tokenizer.decode(ids).strip()
 
@@ -84,7 +87,10 @@ def support(speaker: Speaker, config: EvolveConfig, adapter: Path | None, reflec
         if not reflects:
             return Turn("supporter", reply), []
         request = reflection_prompt(prompt, reply, settings.prompts.refine)
-        thought = parse_reflection(speaker.write(request, settings.reflection_tokens, keep=3))
+        form = None
+        if settings.reflection == GUIDED:
+            form = answer_form(speaker.model, speaker.tokenizer, settings.prompts.refine)
+        thought = parse_reflection(speaker.write(request, settings.reflection_tokens, 3, form))
         if thought is None:
             return Turn("supporter", reply), ["(the reflection cannot be read)"]
         notes = [f"{aspect}: {understood}" for aspect, understood in thought.understanding.items()]

@@ -45,8 +45,8 @@ PROMPTS = (*REPLY_STYLES, "refine")
 # The settings of iterate.py that say how replies are drawn and where; a run's own are taken where it has them.
 OF_REPLIES = (
     "limit", "first_speaker", "skip_greetings", "style", "prompts_file", "temperature", "top_p", "top_k",
-    "repetition_penalty", "max_new_tokens", "reflection_tokens", "tries", "slots", "seed", "dtype", "device",
-    "revision", "chat_format",
+    "repetition_penalty", "max_new_tokens", "reflection_tokens", "reflection", "tries", "slots", "seed", "dtype",
+    "device", "revision", "chat_format",
 )  # fmt: skip
 
 

@@ -29,23 +29,30 @@ def stage_names(run: Path) -> list[str]:
 
 
 def failed_reflections(run: Path) -> list[str]:
-    """A sentence for each stage of a run more than half of whose reflections could not be used.
+    """A sentence for each stage of a run more than half of whose reflections could not be used, with what to do.
 
     The golden reply is then the chosen one of most pairs, and what is learnt is to prefer it to sampled replies.
     """
+    guided = read_json(run / "config.json")["settings"].get("reflection") == "guided"
+    remedy = "" if guided else " --reflection guided has the decoder write the JSON."
     sentences = []
     for stage in stage_names(run):
-        path = run / stage / "filter.json"
-        counts = read_json(path) if path.is_file() else {}
-        unusable = counts.get("golden_for_missing_reflection", 0)
-        dropped = counts.get("reply_prompt_too_long_dropped", 0) + counts.get("empty_reply_dropped", 0)
-        total = counts.get("examples", 0) - dropped
-        if 2 * unusable > total:
+        usable, total = used_reflections(run / stage)
+        if 2 * usable < total:
             sentences.append(
-                f"{stage}: {unusable} of {total} reflections were unusable: most of its pairs compare golden with "
-                "sampled replies, not refined ones."
+                f"{stage}: {total - usable} of {total} reflections were unusable: most of its pairs compare golden "
+                f"with sampled replies, not refined ones.{remedy}"
             )
     return sentences
+
+
+def used_reflections(stage: Path) -> tuple[int, int]:
+    """Of how many of its replies' reflections a stage could use, and how many replies it could reflect on."""
+    path = stage / "filter.json"
+    counts = read_json(path) if path.is_file() else {}
+    dropped = counts.get("reply_prompt_too_long_dropped", 0) + counts.get("empty_reply_dropped", 0)
+    total = counts.get("examples", 0) - dropped
+    return total - counts.get("golden_for_missing_reflection", 0), total
 
 
 def read_replies(path: Path) -> list[str | None]:

@@ -15,13 +15,12 @@ from selfevo.evaluation.folder import write_examples
 from selfevo.evaluation.score import score_answers
 from selfevo.evolve.json_repair import json_object_end, salvage_json
 from selfevo.evolve.refine import RefineSettings, reflect
+from selfevo.evolve.reflection import FREE, GUIDED, TEXT, answer_form
 from selfevo.evolve.settings import flatten
 from selfevo.files import FileError, read_json, write_json, write_jsonl
 from selfevo.generate.replies import Reply, sample_replies
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
-
-_TEXT = "text"  # the key of the reply in the JSON of the style self-reflection
 
 
 def evaluate_model(
@@ -50,12 +49,13 @@ def evaluate_model(
     write_examples(folder, examples)
     write_json(folder / f"{name}.request.json", _request(settings, source, refining))
     prompts = [reply_prompt(to_messages(example.context), settings.prompts.system) for example in examples]
-    as_json = settings.style == SELF_REFLECTION
+    as_json, guided = settings.style == SELF_REFLECTION, settings.reflection == GUIDED
     final = folder / f"{name}.replies.jsonl"
     replies = sample_replies(
         model, tokenizer, prompts, folder / name / "first_replies.jsonl" if as_json or refining else final,
         sampling=settings.sampling, max_new_tokens=settings.reflection_tokens if as_json else settings.max_new_tokens,
-        stop_when=(lambda text: json_object_end(text, _TEXT) is not None) if as_json else None,
+        stop_when=(lambda text: json_object_end(text, TEXT) is not None) if as_json and not guided else None,
+        form=answer_form(model, tokenizer, settings.prompts.system, TEXT) if as_json and guided else None,
         slots=settings.slots, label=f"{name} answers the test dialogues",
     )  # fmt: skip
     counts: Counter[str] = Counter()
@@ -77,6 +77,7 @@ def is_answered(folder: Path, name: str, settings: RefineSettings, source: str, 
     path, scored = folder / f"{name}.request.json", (folder / f"{name}.json").is_file()
     if path.is_file():
         stored = read_json(path)
+        stored = {"reflection": FREE} | stored  # which versions without a choice did not note
         for key, value in _request(settings, source, refining).items():
             if stored.get(key) != value:
                 was = f"{name} was answered with {key} {stored.get(key)!r}"
@@ -97,8 +98,8 @@ def _text_of(reply: Reply, counts: Counter[str]) -> Reply:
     """The reply inside ``{"strategy", "text"}``."""
     if reply.text is None:
         return reply
-    found = salvage_json(reply.text, _TEXT)
-    text = None if found is None else found.value.get(_TEXT)
+    found = salvage_json(reply.text, TEXT)
+    text = None if found is None else found.value.get(TEXT)
     if isinstance(text, str) and text.strip():
         return replace(reply, text=text.strip())
     counts["unusable_json"] += 1

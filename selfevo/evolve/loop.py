@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
 
+from tqdm import tqdm
+
 from selfevo.datasets.corpus import Corpus, DataSettings, load_corpus
+from selfevo.datasets.pairs import Pair
 from selfevo.datasets.prompts import SELF_REFLECTION
 from selfevo.dialogue import Dialogue, Instruction
-from selfevo.evaluation.folder import VANILLA, failed_reflections
+from selfevo.evaluation.folder import VANILLA, failed_reflections, used_reflections
 from selfevo.evaluation.score import missing_scores
 from selfevo.evaluation.tables import comparison_table
 from selfevo.evolve.controls import CONTROLS, controlled
@@ -137,8 +141,24 @@ def _improve(context: RunContext, before: str, name: str) -> None:
     part = context.corpus.seeds[int(name[1:]) - 1]
     settings = config.replies.seeded(config.seed, "replies", name)
     pairs = make_pairs(model, context.tokenizer, part.examples, stage.folder, settings)
+    if config.replies.chosen == "refined":
+        _tell_reflections(context.run, name, pairs)
     preference = None if config.control == "sft-only" else config.preference
     train_dpo(model, context.tokenizer, stage, controlled(pairs, config.control), part.held_out, preference)
+
+
+def _tell_reflections(run: Path, name: str, pairs: list[Pair]) -> None:
+    """Says on the screen how many reflections could be used, and warns where most could not."""
+    usable, total = used_reflections(run / name)
+    golden = sum(pair.source == "golden" for pair in pairs)
+    tqdm.write(
+        f"{name}: {usable} of {total} reflections usable; the chosen reply is the golden one in {golden} of "
+        f"{len(pairs)} pairs",
+        file=sys.stderr,
+    )
+    for sentence in failed_reflections(run):
+        if sentence.startswith(f"{name}:"):
+            tqdm.write(f"warning: {sentence}", file=sys.stderr)
 
 
 def _put_on(context: RunContext, name: str) -> None:

@@ -19,7 +19,17 @@ from selfevo.datasets.seeds import derive_seed
 from selfevo.dialogue import Example, Message, to_messages
 from selfevo.evaluation.ask_json import ask_again
 from selfevo.evolve.json_repair import json_object_end
-from selfevo.evolve.reflection import REFINED, Reflection, parse_reflection, reflection_prompt
+from selfevo.evolve.reflection import (
+    FREE,
+    GUIDED,
+    REFINED,
+    WAYS,
+    Reflection,
+    answer_form,
+    parse_reflection,
+    reflection_prompt,
+    whole_sentences,
+)
 from selfevo.files import write_json, write_jsonl
 from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.models.tokenizer import ChatTokenizer
@@ -34,6 +44,9 @@ class RefineSettings(ReplySettings):
     """How replies are sampled, reflected on and refined."""
 
     reflection_tokens: Annotated[int, "longest reflection, in tokens"] = 384
+    reflection: Annotated[
+        str, "how reflections come to be JSON: free, as the model writes it, or guided, the decoder writing keys", WAYS
+    ] = FREE
     tries: Annotated[int, "tries for a usable reflection before the golden reply is used"] = 3
     style: Annotated[str, "system prompt of replies", REPLY_STYLES] = "strategy"
     prompts_file: Annotated[str, "JSON object of texts that replace prompts: by style, and refine"] = ""
@@ -45,7 +58,7 @@ class RefineSettings(ReplySettings):
         for name in ("reflection_tokens", "tries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name, known in (("style", REPLY_STYLES), ("chosen", SOURCES)):
+        for name, known in (("style", REPLY_STYLES), ("chosen", SOURCES), ("reflection", WAYS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} should be one of {', '.join(known)}, not {getattr(self, name)!r}")
         super().__post_init__()
@@ -97,6 +110,7 @@ def reflect(
     """The model's reflection on each of its replies, or None where no try gave a usable one."""
     found: list[Reflection | None] = [None] * len(prompts)
     request = settings.prompts.refine
+    guided = settings.reflection == GUIDED
 
     def ask(indices: list[int], attempt: int) -> list[Reply]:
         return sample_replies(
@@ -107,7 +121,8 @@ def reflect(
             sampling=replace(settings.sampling, seed=derive_seed(settings.sampling.seed, "reflection", attempt)),
             max_new_tokens=settings.reflection_tokens,
             keep_last=3,
-            stop_when=lambda text: json_object_end(text, REFINED) is not None,
+            stop_when=None if guided else lambda text: json_object_end(text, REFINED) is not None,
+            form=answer_form(model, tokenizer, request) if guided else None,
             slots=settings.slots,
             label=f"reflections, try {attempt}",
         )
@@ -118,7 +133,12 @@ def reflect(
             return True  # it would not fit the next time either
         if attempt == 1 and written.turns_dropped:
             counts["reflection_context_cut"] += 1
-        found[index] = parse_reflection(written.text)
+        thought = parse_reflection(written.text)
+        if guided and thought is not None and written.cut:
+            counts["refinement_cut_at_limit"] += 1
+            whole = whole_sentences(thought.refined)
+            thought = replace(thought, refined=whole) if whole else None
+        found[index] = thought
         if found[index] is None:
             counts[f"unusable_json_try_{attempt}"] += 1
         return found[index] is not None

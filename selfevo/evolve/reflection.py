@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from selfevo.dialogue import Messages
 from selfevo.evolve.json_repair import salvage_json
+from selfevo.generate.form import Form
+from selfevo.generate.json_form import json_form, template_in
+from selfevo.models.tokenizer import ChatTokenizer
+from selfevo.models.transformer import Transformer
 
 REFINED = "refined_response"  # the key that every usable reflection has
+TEXT = "text"  # and every usable answer of the style self-reflection
 ASPECTS = ("profile", "emotion", "personality", "intention")
+FREE, GUIDED = WAYS = ("free", "guided")  # JSON as the model writes it, or in a form
+_UNDERSTANDING = {f"user_{aspect}": "" for aspect in ASPECTS}
+_TEMPLATES: Mapping[str, Mapping[str, Any]] = {
+    REFINED: {"understanding": _UNDERSTANDING, "evaluation_score": 0, "feedback": "", REFINED: ""},
+    TEXT: {"strategy": "", TEXT: ""},
+}
+_SHARES = {"feedback": 2, REFINED: 3, TEXT: 5}  # of a form's tokens, where each other key has 1
+_SENTENCES = re.compile(r".*[.!?…][\"'”’)]*(?=\s|\Z)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -75,3 +89,19 @@ def parse_reflection(text: str) -> Reflection | None:
         return None
     # The end of an object that was cut off may be missing from the reply.
     return reflection if salvaged.complete or reflection.refined[-1] in ".!?…\"'”)" else None
+
+
+def answer_form(
+    model: Transformer, tokenizer: ChatTokenizer, request: str, wanted: str = REFINED
+) -> Callable[[int], Form]:
+    """Makes the form of a JSON answer, of at most so many tokens: with the keys of the object that the request shows,
+    or the paper's where it shows none with the key ``wanted``, REFINED or TEXT."""
+    shown = template_in(request)
+    template = _TEMPLATES[wanted] if shown is None or wanted not in shown else shown
+    return lambda tokens: json_form(tokenizer, model.config.vocab_size, template, tokens, _SHARES)
+
+
+def whole_sentences(text: str) -> str:
+    """A text without the sentence that it breaks off in; "" where it has no whole one."""
+    found = _SENTENCES.match(text)
+    return found[0] if found else ""

@@ -16,6 +16,7 @@ from selfevo.datasets.seeds import derive_seed
 from selfevo.dialogue import Messages
 from selfevo.files import append_jsonl, read_jsonl, resume_jsonl, write_jsonl
 from selfevo.generate.decoder import SLOTS, generate
+from selfevo.generate.form import Form
 from selfevo.generate.sampling import Sampling
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
@@ -45,12 +46,26 @@ class ReplySettings:
 
 @dataclass(frozen=True)
 class Reply:
-    """A sampled text; ``cut`` says that the token limit ended it. ``text`` is None where the prompt did not fit."""
+    """A sampled text; ``cut`` says that the token limit ended it, or in a form its last slot. ``text`` is None where
+    the prompt did not fit."""
 
     text: str | None
     tokens: int = 0
     cut: bool = False
     turns_dropped: int = 0
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What is sampled for every prompt, as in ``sample_replies``."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    keep_last: int
+    stop_when: Callable[[str], bool] | None
+    form: Callable[[int], Form] | None
+    slots: int
+    label: str
 
 
 def sample_replies(
@@ -63,13 +78,15 @@ def sample_replies(
     max_new_tokens: int,
     keep_last: int = 1,
     stop_when: Callable[[str], bool] | None = None,
+    form: Callable[[int], Form] | None = None,
     slots: int = SLOTS,
     label: str = "replies",
 ) -> list[Reply]:
     """One reply per conversation, in order, kept in ``path`` (JSON lines); what is there is not sampled again.
 
     A reply has at most ``max_new_tokens``, and at most a quarter of the model's window. ``stop_when`` sees the text so
-    far whenever a token has closed a brace, and ends the reply. ``slots`` replies are decoded at a time, which bounds
+    far whenever a token has closed a brace, and ends the reply. ``form`` makes the form in which a reply is written, of
+    at most so many tokens. ``slots`` replies are decoded at a time, which bounds
     the memory of their keys and values. Until all are finished they are in ``PATH.unfinished``, in the order in which
     they came.
     """
@@ -84,11 +101,8 @@ def sample_replies(
             append_jsonl(unfinished, _as_record(index, reply))
 
         missing = {index: prompt for index, prompt in enumerate(prompts) if index not in found}
-        _sample(
-            model, tokenizer, missing, keep,
-            sampling=sampling, max_new_tokens=max_new_tokens, keep_last=keep_last, stop_when=stop_when, slots=slots,
-            label=label,
-        )  # fmt: skip
+        request = _Request(sampling, max_new_tokens, keep_last, stop_when, form, slots, label)
+        _sample(model, tokenizer, missing, keep, request)
         write_jsonl(path, [_as_record(index, found[index]) for index in range(len(prompts))])
         unfinished.unlink(missing_ok=True)
     records = read_jsonl(path)
@@ -102,18 +116,16 @@ def _sample(
     tokenizer: ChatTokenizer,
     prompts: Mapping[int, Messages],
     keep: Callable[[int, Reply], None],
-    *,
-    sampling: Sampling,
-    max_new_tokens: int,
-    keep_last: int,
-    stop_when: Callable[[str], bool] | None,
-    slots: int,
-    label: str,
+    request: _Request,
 ) -> None:
     """Samples a reply to each prompt, whose index is the key of its draws, and gives it to ``keep``."""
-    max_new_tokens = min(max_new_tokens, model.config.max_positions // 4)  # a short window is mostly for the context
-    longest = model.config.max_positions - max_new_tokens
-    fitted = {index: fit_prompt(tokenizer, prompt, longest, keep_last=keep_last) for index, prompt in prompts.items()}
+    window, stop_when = model.config.max_positions, request.stop_when
+    max_new_tokens = min(request.max_new_tokens, window // 4)  # a short window is mostly for the context
+    form = None if request.form is None else request.form(max_new_tokens)
+    fitted = {
+        index: fit_prompt(tokenizer, prompt, window - max_new_tokens, keep_last=request.keep_last)
+        for index, prompt in prompts.items()
+    }
     ids = {index: prompt.ids for index, prompt in fitted.items() if prompt.ids is not None}
     for index in fitted.keys() - ids.keys():
         keep(index, Reply(None, turns_dropped=fitted[index].turns_dropped))
@@ -124,14 +136,16 @@ def _sample(
 
     def finish(place: int, reply: list[int]) -> None:
         index, cut = indices[place], len(reply) == max_new_tokens and not stop(reply)
+        if form is not None:
+            cut = form.ends_full(reply)
         text = tokenizer.decode(reply)
         text = text.rstrip("\ufffd") if cut else text  # half of the character that the limit has cut in two
         keep(index, Reply(text.strip(), len(reply), cut, fitted[index].turns_dropped))
 
     generate(
         model, list(ids.values()), max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, keys=indices,
-        batch_size=slots, stop_when=None if stop_when is None else stop, on_reply=finish, progress=label,
-        **vars(sampling),
+        batch_size=request.slots, stop_when=None if stop_when is None else stop, form=form, on_reply=finish,
+        progress=request.label, **vars(request.sampling),
     )  # fmt: skip
 
 

@@ -144,6 +144,29 @@ def test_table_and_report_say_that_the_reflections_of_a_random_model_failed(fini
     assert page.count("reflections were unusable") == 2
 
 
+def test_the_screen_says_how_reflections_went(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A random model writes no JSON freely, and nothing else in a form."""
+    few: dict[str, Any] = {"iterations": 1, "limit": 4, "start": "vanilla"}
+    evolve(configuration(world, tmp_path / "free", **few))
+    screen = capsys.readouterr().err
+    pairs = len(records(tmp_path / "free" / "M1" / "pairs.jsonl"))
+    told = f"M1: 0 of {pairs} reflections usable; the chosen reply is the golden one in {pairs} of {pairs} pairs\n"
+    assert told in screen
+    assert f"warning: M1: {pairs} of {pairs} reflections were unusable" in screen
+    assert "--reflection guided has the decoder write the JSON." in screen
+    run = evolve(configuration(world, tmp_path / "guided", reflection="guided", reflection_tokens=300, **few))
+    written = records(run / "M1" / "reflections-1.jsonl")
+    assert len(written) == pairs
+    for record in written:
+        assert list(json.loads(record["text"])) == ["understanding", "evaluation_score", "feedback", "refined_response"]
+        assert record["tokens"] <= 300
+    assert f"M1: {pairs} of {pairs} reflections usable" in capsys.readouterr().err
+    cut = sum(record["cut"] for record in written)
+    counts = json.loads((run / "M1" / "filter.json").read_text())
+    assert counts.get("refinement_cut_at_limit", 0) == cut
+    assert counts.get("unusable_json_try_1", 0) <= cut  # only for want of a whole sentence
+
+
 def iterate(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
     """The example in a process of its own; with KILL_AT it kills itself around the writing of that file."""
     code = KILLER if environment else "import runpy, sys; runpy.run_path(sys.argv[0], run_name='__main__')"

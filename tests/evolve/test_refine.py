@@ -20,7 +20,15 @@ from selfevo.dialogue import ESCONV_STRATEGIES, Example, Turn
 from selfevo.evolve.controls import controlled
 from selfevo.evolve.json_repair import json_object_end
 from selfevo.evolve.refine import RefineSettings, filter_pairs
-from selfevo.evolve.reflection import ASPECTS, Reflection, parse_reflection, read_reflection, reflection_prompt
+from selfevo.evolve.reflection import (
+    ASPECTS,
+    Reflection,
+    answer_form,
+    parse_reflection,
+    read_reflection,
+    reflection_prompt,
+    whole_sentences,
+)
 from selfevo.files import FileError, write_jsonl
 from selfevo.generate import Reply, Sampling, generate, sample_replies
 from selfevo.generate import replies as replies_room
@@ -263,6 +271,36 @@ def test_pairs_survive_the_file_and_a_foreign_record_is_named(tmp_path: Path) ->
     write_jsonl(path, [pairs[0].as_record(), {"prompt": []}])
     with pytest.raises(FileError, match=r"pairs\.jsonl: record 1"):
         read_pairs(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("I hear you. Tell me m", "I hear you."),
+        ('She said "No!" and th', 'She said "No!"'),
+        ("It costs 3.5 units", ""),
+        ("no end", ""),
+        ("One… Two?", "One… Two?"),
+        ("", ""),
+    ],
+)
+def test_a_text_without_the_sentence_it_breaks_off_in(text: str, whole: str) -> None:
+    assert whole_sentences(text) == whole
+
+
+@pytest.mark.parametrize("style", ["strategy", "plain"])
+def test_a_form_has_the_keys_that_the_request_shows(style: str) -> None:
+    """Filled with anything, it is a usable reflection; a request in other words gets the paper's keys."""
+    tokenizer = load_tokenizer(Path(__file__).resolve().parents[2] / "examples" / "embedded" / "backbone")
+    model = tiny_model(vocab_size=tokenizer.vocab_size)
+    for request in (prompts_of(style).refine, "Reflect, as JSON."):
+        form = answer_form(model, tokenizer, request)(150)
+        reply = generate(model, [[1, 2, 3]], form=form, max_new_tokens=150)[0]
+        reflection = parse_reflection(tokenizer.decode(reply))
+        assert reflection is not None
+        assert reflection.score in (1, 2, 3, 4, 5)
+        assert all(reflection.understanding[aspect] for aspect in ASPECTS)
+        assert form.longest <= 150
 
 
 # Controls
