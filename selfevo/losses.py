@@ -117,7 +117,8 @@ def _check_pairs(named: dict[str, Tensor], beta: float, gamma: float) -> None:
         if values.shape != shape:
             raise ValueError(f"{name} must have the shape of policy_chosen, {tuple(shape)}, not {tuple(values.shape)}")
     lengths = named.get("chosen_lengths")
-    if lengths is not None and lengths.device.type == "cpu" and not bool((lengths >= 1).all()):  # a GPU is not waited for
+    on_cpu = lengths is not None and lengths.device.type == "cpu"  # a GPU is not waited for
+    if lengths is not None and on_cpu and not bool((lengths >= 1).all()):
         raise ValueError("chosen_lengths must be at least 1: a reply has at least its stop id")
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta must be positive, not {beta}")
