@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from contest import GIB, Contender, Work, compete, spread
-from shapes import SHAPES, dialogue_pairs, write_random
+from shapes import SHAPES, dialogue_pairs, evenly, write_random
 from train import ALPHA, LINEARS, RANK, device_and_dtype
 
 from selfevo.generate import Sampling, generate
@@ -79,41 +79,41 @@ def selfevo_decoder(folder: str, dtype: str, new: int, batch: int, adapters: boo
     return work
 
 
-def evenly(job: Job, count: int) -> Job:
-    prompts = sorted(job, key=len)
-    return [prompts[int((i + 0.5) * len(prompts) / count)] for i in range(count)]
+def transformers_sample(model: Any, prompts: Job, new: int, continuous: bool = False) -> None:
+    """Samples exactly ``new`` tokens for each prompt with ``generate``, in one left-padded batch or continuously."""
+    from transformers import GenerationConfig
+
+    config = GenerationConfig(
+        do_sample=True, temperature=SAMPLING.temperature, top_p=SAMPLING.top_p, top_k=SAMPLING.top_k,
+        repetition_penalty=SAMPLING.repetition_penalty, max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
+        eos_token_id=None,
+    )  # fmt: skip
+    if continuous:
+        outputs = model.generate_batch(inputs=prompts, generation_config=config)
+        assert len(outputs) == len(prompts)
+        return
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    mask = (torch.arange(width, device=model.device)[None] >= width - lengths[:, None]).long()
+    with torch.inference_mode():
+        result = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    assert result.shape[1] == width + new
 
 
 def transformers_generate(folder: str, dtype: str, new: int, batch: int, adapters: bool, continuous: bool) -> Work:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     device, kind = device_and_dtype(dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=kind)
     model.to(device)
     if adapters:
         model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS))
-    config = GenerationConfig(
-        do_sample=True, temperature=SAMPLING.temperature, top_p=SAMPLING.top_p, top_k=SAMPLING.top_k,
-        repetition_penalty=SAMPLING.repetition_penalty, max_new_tokens=new, min_new_tokens=new, pad_token_id=0,
-        eos_token_id=None,
-    )  # fmt: skip
 
     def work(job: Job) -> dict[str, float]:
-        prompts = evenly(job, batch)
-        if continuous:
-            outputs = model.generate_batch(inputs=prompts, generation_config=config)
-            assert len(outputs) == len(prompts)
-            return {"replies": len(prompts)}
-        width = max(map(len, prompts))
-        ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
-        places = torch.arange(width, device=device)[None]
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        mask = (places >= width - lengths[:, None]).long()
-        with torch.inference_mode():
-            result = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-        assert result.shape[1] == width + new
-        return {"replies": len(prompts)}
+        transformers_sample(model, evenly(job, batch, len), new, continuous)
+        return {"replies": batch}
 
     return work
 

@@ -1,16 +1,18 @@
-"""Model shapes and random checkpoints for the benchmarks, and real dialogues as preference pairs."""
+"""Model shapes and random checkpoints for the benchmarks, and the turns of real dialogues as preference pairs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from selfevo.datasets import load_dialogues
 from selfevo.datasets.prompts import prompts_of, reply_prompt
-from selfevo.dialogue import clean_dialogue, reply_examples, to_messages
+from selfevo.dialogue import Messages, clean_dialogue, reply_examples, to_messages
 from selfevo.models import ChatTokenizer, ModelConfig, Transformer, save_pretrained
 from selfevo.training import PairIds
 
@@ -26,8 +28,19 @@ LLAMA3_8B = ModelConfig(
     family="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_layers=32, num_heads=32,
     num_kv_heads=8, head_dim=128, norm_eps=1e-5, rope_theta=5e5, max_positions=8192, windows=(None,) * 32,
 )  # fmt: skip
+SMOLLM2_135M = ModelConfig(
+    family="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9,
+    num_kv_heads=3, head_dim=64, norm_eps=1e-5, rope_theta=1e5, max_positions=8192, windows=(None,) * 30, tied=True,
+)  # fmt: skip
 TINY = replace(SMALL, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, head_dim=16, windows=(None,) * 2)
-SHAPES = {"tiny": TINY, "small": SMALL, "qwen2-0.5b": QWEN2_05B, "llama3-8b": LLAMA3_8B}
+SHAPES = {
+    "tiny": TINY,
+    "small": SMALL,
+    "smollm2-135m": SMOLLM2_135M,
+    "qwen2-0.5b": QWEN2_05B,
+    "llama3-8b": LLAMA3_8B,
+}
+T = TypeVar("T")
 
 
 @torch.no_grad()
@@ -43,16 +56,44 @@ def write_random(shape: str, folder: Path, tokenizer: ChatTokenizer, dtype: torc
     save_pretrained(model.cpu(), tokenizer, folder)
 
 
-def dialogue_pairs(path: str, tokenizer: ChatTokenizer, first: int, count: int) -> list[list[PairIds]]:
-    """The pairs of ``count`` dialogues from number ``first`` on: a pair per supporter turn, the golden reply preferred
-    to that of the next turn."""
+@dataclass(frozen=True)
+class TurnPair:
+    """A supporter turn as a pair: the conversation before it, its golden reply, and that of the dialogue's next turn,
+    which stands for the rejected one."""
+
+    messages: Messages
+    chosen: str
+    rejected: str
+
+    def ids(self, tokenizer: ChatTokenizer) -> PairIds:
+        prompt = tokenizer.encode_chat(self.messages)
+        return PairIds(prompt, tokenizer.encode_reply(self.chosen), tokenizer.encode_reply(self.rejected))
+
+
+def dialogue_turns(path: str, first: int, count: int) -> list[list[TurnPair]]:
+    """The supporter turns of ``count`` dialogues from number ``first`` on, by dialogue."""
     result = []
     for dialogue in load_dialogues(path)[first : first + count]:
         turns = reply_examples(clean_dialogue(dialogue, Counter()), Counter(), skip_first=0, skip_last=0)
-        pairs = []
-        for turn, other in zip(turns, turns[1:] + turns[:1]):
-            prompt = tokenizer.encode_chat(reply_prompt(to_messages(turn.context), prompts_of("strategy").system))
-            chosen, rejected = (tokenizer.encode_reply(reply.golden.text) for reply in (turn, other))
-            pairs.append(PairIds(prompt, chosen, rejected))
-        result.append(pairs)
+        result.append(
+            [
+                TurnPair(
+                    reply_prompt(to_messages(turn.context), prompts_of("strategy").system),
+                    turn.golden.text,
+                    other.golden.text,
+                )
+                for turn, other in zip(turns, turns[1:] + turns[:1])
+            ]
+        )
     return result
+
+
+def dialogue_pairs(path: str, tokenizer: ChatTokenizer, first: int, count: int) -> list[list[PairIds]]:
+    """``dialogue_turns`` as ids."""
+    return [[turn.ids(tokenizer) for turn in turns] for turns in dialogue_turns(path, first, count)]
+
+
+def evenly(items: Sequence[T], count: int, length: Callable[[T], int]) -> list[T]:
+    """``count`` items in order of length, from the middles of as many equal stretches of that order."""
+    ordered = sorted(items, key=length)
+    return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from contest import GIB, Contender, Result, Work, compete, product_seconds, spread
-from shapes import SHAPES, dialogue_pairs, write_random
+from shapes import SHAPES, dialogue_pairs, evenly, write_random
 
 from selfevo.lora import inject_lora
 from selfevo.losses import dpo_sft_loss
@@ -69,13 +69,13 @@ def selfevo_loop(folder: str, dtype: str, max_tokens: int, shuffle: str, checkpo
     return work
 
 
-def evenly(job: Job, count: int) -> list[PairIds]:
-    """``count`` pairs, from the middles of as many equal stretches of the dialogues' turns, by length of context."""
-    pairs = sorted((pair for dialogue in job for pair in dialogue), key=lambda pair: len(pair.prompt))
-    return [pairs[int((i + 0.5) * len(pairs) / count)] for i in range(count)]
+def sample(job: Job, count: int) -> list[PairIds]:
+    """``count`` pairs, evenly by length of context."""
+    return evenly([pair for dialogue in job for pair in dialogue], count, lambda pair: len(pair.prompt))
 
 
-def trl(folder: str, dtype: str, batch: int, checkpointed: bool) -> Work:
+def dpo_trainer(folder: str, dtype: str, batch: int, checkpointed: bool, stored_reference: bool = False) -> Any:
+    """TRL's trainer of a new adapter; with ``stored_reference`` batches bring the reference's log-probabilities."""
     from datasets import Dataset  # type: ignore[import-untyped]
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -88,7 +88,7 @@ def trl(folder: str, dtype: str, batch: int, checkpointed: bool) -> Work:
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(), beta=BETA, loss_type=["sigmoid", "sft"], loss_weights=[1.0, GAMMA],
         per_device_train_batch_size=batch, learning_rate=RATE, bf16=False, report_to=[], max_length=None,
-        gradient_checkpointing=checkpointed, use_cpu=device.type == "cpu",
+        gradient_checkpointing=checkpointed, use_cpu=device.type == "cpu", precompute_ref_log_probs=stored_reference,
     )  # fmt: skip
     lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS, task_type="CAUSAL_LM")
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
@@ -96,13 +96,21 @@ def trl(folder: str, dtype: str, batch: int, checkpointed: bool) -> Work:
         model=model, args=config, train_dataset=Dataset.from_list([row]), processing_class=tokenizer, peft_config=lora
     )
     trainer.current_gradient_accumulation_steps = 1
+    return trainer
+
+
+def dpo_rows(pairs: Sequence[PairIds]) -> list[dict[str, Any]]:
+    """Pairs as TRL's collator wants them."""
+    return [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
+
+
+def trl(folder: str, dtype: str, batch: int, checkpointed: bool) -> Work:
+    trainer = dpo_trainer(folder, dtype, batch, checkpointed)
     optimiser = trainer.create_optimizer()
 
     def work(job: Job) -> dict[str, float]:
-        pairs = evenly(job, batch)
-        rows = [{"prompt_ids": p.prompt, "chosen_ids": p.chosen, "rejected_ids": p.rejected} for p in pairs]
-        inputs = trainer.data_collator(rows)
-        loss = trainer.training_step(trainer.model, inputs)
+        pairs = sample(job, batch)
+        loss = trainer.training_step(trainer.model, trainer.data_collator(dpo_rows(pairs)))
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         return {"pairs": len(pairs), "loss": loss.item()}
@@ -136,7 +144,7 @@ def plain_loop(folder: str, dtype: str, batch: int, checkpointed: bool) -> Work:
         return picked.new_zeros(wanted.shape).masked_scatter(wanted, picked).sum(1)
 
     def work(job: Job) -> dict[str, float]:
-        pairs = evenly(job, batch)
+        pairs = sample(job, batch)
         with torch.no_grad(), model.disable_adapter():
             reference = logps(pairs).view(2, -1)
         policy = logps(pairs).view(2, -1)
@@ -156,7 +164,7 @@ def tokens_of(job: Job, batch: int) -> dict[str, float]:
     pairs = sum(map(len, job))
     plain = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for dialogue in job for p in dialogue)
     distinct = sum(len(build_trie([[*prompt, *reply] for prompt, reply in both_sides(d)])) for d in job)
-    theirs = evenly(job, batch)
+    theirs = sample(job, batch)
     sampled = sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in theirs) / len(theirs)
     replies = sum(len(p.chosen) + len(p.rejected) for dialogue in job for p in dialogue)
     return {"plain": plain / pairs, "sampled": sampled, "distinct": distinct / pairs, "replies": replies / pairs}

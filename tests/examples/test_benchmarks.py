@@ -49,6 +49,15 @@ def test_rollouts_beside_the_peers() -> None:
     assert "computed / distinct 1.000" in report
 
 
+def test_a_whole_iteration_beside_the_peers() -> None:
+    lengths = ("--new", "2", "--reflection-new", "3")
+    report = run("iteration.py", *REAL, *lengths, "--sample", "4", "--peer-batch", "2", "4", "--peer-pairs", "2")
+    assert {"whole", "replies", "reflections", "reference", "training", "answers"} == set(ratios(report))
+    ours, theirs = [float(loss) for loss in re.findall(r"loss ([\d.]+)$", report, re.MULTILINE)]
+    assert abs(ours - theirs) < 0.3  # as above
+    assert "tried (4, False)" in report
+
+
 def test_longer_dialogues() -> None:
     report = run("turns.py", "--turns", "2", "--tries", "1")
     assert re.findall(r"^(\d+) turns", report, re.MULTILINE) == ["2", "4", "8"]
