@@ -10,10 +10,11 @@ import tempfile
 import traceback
 from collections.abc import Callable
 
+from selfevo.files import one_line
+
 # How PyTorch says on its devices that memory is used up; all are RuntimeErrors.
 _NO_MEMORY = re.compile(r"out of memory|can(no|')t allocate memory|ALLOC_FAILED", re.IGNORECASE)
 TRAINING = "lower --max-tokens or --slots, give --checkpoint-activations, or take a smaller backbone"
-_LONGEST = 1000  # characters of a sentence: a message may quote a file
 
 
 def program(*, memory: str, interrupted: str = "nothing was kept") -> Callable[[Callable[[], int]], Callable[[], int]]:
@@ -58,8 +59,7 @@ def sentence(error: BaseException, memory: str) -> str:
         text = str(error)
     else:
         text = f"this is a fault of selfevo, not of yours ({type(error).__name__}: {error}); {_keep(error)}"
-    text = "".join(char if char.isprintable() else " " for char in text)
-    return text if len(text) <= _LONGEST else text[:_LONGEST] + " ..."
+    return one_line(text)
 
 
 def _keep(error: BaseException) -> str:

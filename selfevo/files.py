@@ -31,10 +31,12 @@ __all__ = [
     "file_hash",
     "folder_hash",
     "locate",
+    "one_line",
     "read_json",
     "read_jsonl",
     "read_object",
     "read_records",
+    "read_tensor_shapes",
     "read_text",
     "replace_file",
     "resume_jsonl",
@@ -47,12 +49,27 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _BLANK = " \t\r\n\ufeff"  # a byte order mark stands inside a file where others were joined to it
 _NO_BLANK = re.compile(f"[^{_BLANK}]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# Bits of a number in safetensors' names for dtypes.
+_BITS = {"BOOL": 8} | {name: int(re.findall(r"\d+", name)[0]) for name in (
+    "F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E5M2FNUZ F8_E4M3FNUZ I16 U16 F16 BF16 I32 U32 F32 I64 U64 F64 "
+    "C64").split()}  # fmt: skip
+_LONGEST_HEADER, _MOST_DIMENSIONS = 100_000_000, 8
 _REQUIRED = object()
 _KINDS = {dict: "an object", list: "a list", str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
 
 class FileError(ValueError):
-    """A file that cannot be read or written; the message says which file, what is wrong with it and what to do."""
+    """A file that cannot be read or written; the message, made one line, says which file, what is wrong with it and
+    what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """A message without what cannot be printed (it may quote a file), and without the middle of a very long one."""
+    text = "".join(char if char.isprintable() else " " for char in text)
+    return text if len(text) <= 1000 else f"{text[:700]} ... {text[-295:]}"
 
 
 class Fields:
@@ -211,6 +228,55 @@ def read_jsonl(path: StrPath) -> list[Any]:
     return [value for _, value in _json_lines(path, read_text(path))]
 
 
+def read_tensor_shapes(path: StrPath) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the tensors in a safetensors file, by their places in it; the numbers are not read.
+
+    Raises ``FileError`` for another file, for one that is cut, with the first tensor that is, and for a header whose
+    entries do not agree with one another and with the size of the file.
+    """
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > min(size, _LONGEST_HEADER) or (head := file.read(start - 8))[:1] != b"{":
+            raise FileError(
+                f"{path}: is no safetensors file, or is cut near its beginning; was it downloaded completely?"
+            )
+    try:
+        header = Fields(_loads(f"{path}, header", head.decode()), f"{path}, header")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}, header: is not UTF-8 text (byte {error.start}); the file is damaged") from error
+    found: list[tuple[int, int, str, tuple[int, ...]]] = []
+    for name in header.values:
+        entry = Fields(header.take(name, dict), f"{path}, {name}")
+        if name == "__metadata__":
+            for key in entry.values:
+                entry.take(key, str)
+            continue
+        kind, shape = entry.take("dtype", str), tuple(entry.take_list("shape", int, low=0))
+        places = entry.take_list("data_offsets", int, low=0)
+        if kind not in _BITS:
+            raise entry.fail(f"the dtype {kind[:80]!r} is not known")
+        if len(shape) > _MOST_DIMENSIONS or len(places) != 2:
+            raise entry.fail(f"{len(shape)} dimensions at {len(places)} offsets cannot be; the file is damaged")
+        if (places[1] - places[0]) * 8 != math.prod(shape) * _BITS[kind]:
+            raise entry.fail(
+                f"bytes {places[0]} to {places[1]} cannot hold {kind} of shape {shape}; the file is damaged"
+            )
+        found.append((places[0], places[1], name, shape))
+    end = 0
+    for begin, stop, name, _ in sorted(found):
+        if begin != end:
+            raise FileError(f"{path}, {name[:200]}: begins at byte {begin}, not at {end}; the file is damaged")
+        if start + stop > size:
+            raise FileError(
+                f"{path}: is cut in the tensor {name[:200]}, {start + stop - size} bytes short; copy it anew"
+            )
+        end = stop
+    if start + end != size:
+        raise FileError(f"{path}: is longer than its tensors by {size - start - end} bytes; the file is damaged")
+    return {name: shape for _, _, name, shape in sorted(found)}
+
+
 def append_jsonl(path: StrPath, record: Any) -> None:
     """Adds one JSON value as a line at the end of a file, which is created with its parents where there is none.
 
@@ -365,5 +431,5 @@ def _problem(text: str, error: json.JSONDecodeError) -> str:
     if text[: error.pos].strip():
         around = text[max(0, error.pos - 20) : error.pos + 20]
         place = f"line {error.lineno} column {error.colno}, near {around!r}"
-        return f"is not valid JSON ({error.msg}: {place}); mend it there"
+        return f"is not valid JSON ({error.msg.lower()}: {place}); mend it there"
     return f"is not JSON, it begins with {text.strip()[:30]!r}; is this the right file?"

@@ -6,8 +6,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from selfevo.files import Fields, FileError, locate, read_json, read_object, replace_file, write_json, write_text
+from selfevo.files import (
+    Fields,
+    FileError,
+    locate,
+    read_json,
+    read_object,
+    read_tensor_shapes,
+    replace_file,
+    write_json,
+    write_text,
+)
 from selfevo.kernels.elementwise import all_finite
 from selfevo.models import llama, mistral, qwen2
 from selfevo.models.hf_config import ConfigError, ConfigReader
@@ -124,7 +133,7 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
     """The weight files and the names of the tensors in each."""
     single, index = folder / WEIGHTS, folder / INDEX
     if os.path.lexists(single):
-        return {single: _stored_names(single)}
+        return {single: _stored_names(folder, single)}
     if not os.path.lexists(index):
         raise CheckpointError(f"{folder}: has neither {WEIGHTS} nor {INDEX} (other weight formats are not read)")
     weight_map = Fields(read_object(index).take("weight_map", dict), f"{index}, weight_map")
@@ -137,33 +146,33 @@ def _shards(folder: Path) -> dict[Path, list[str]]:
     for shard, names in shards.items():
         if not os.path.isfile(shard):
             raise CheckpointError(f"{index}: the shard {shard.name} is not there; it holds {names[0]} and others")
-        stored = _stored_names(shard)
+    for shard, names in shards.items():
+        stored = _stored_names(folder, shard)
         for name in sorted({*stored} ^ {*names}):
             where = "is in the index but not in the file" if name not in stored else "is not in the index"
             raise CheckpointError(f"{shard}: the tensor {name} {where}")
     return shards
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{path}: is a folder, a pipe or a link to nowhere, where weights should be")
+def _stored_names(folder: Path, path: Path) -> list[str]:
+    """The tensors in a file of ``folder``, which may be a link to one of the hub's cache."""
+    folder, place = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    cache = folder.parents[1:3] if folder.parent.name == "snapshots" else ()
+    if not any(place.is_relative_to(root) for root in (folder, *(above / "blobs" for above in cache))):
+        raise CheckpointError(f"{path}: is a link to {place}, outside of its folder; put a copy in its place")
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise CheckpointError(f"{path}: truncated or not a safetensors file: {error}") from error
-
-
-def _stored_names(path: Path) -> list[str]:
-    with _opened(path) as file:
-        return sorted(file.keys())
+        return sorted(read_tensor_shapes(path))
+    except FileError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _stored(path: Path, name: str) -> Tensor:
-    with _opened(path) as file:
-        tensor: Tensor = file.get_tensor(name)
-        return tensor
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {name} cannot be read ({error}); the file is damaged") from error
 
 
 def _read_tensor(path: Path, name: str, shape: torch.Size, dtype: torch.dtype | None, device: torch.device) -> Tensor:

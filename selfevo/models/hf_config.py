@@ -151,6 +151,8 @@ def read_common(reader: ConfigReader, *, default_kv_heads: int | None, max_posit
         if hidden_size % num_heads:
             raise reader.fail(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
         head_dim = hidden_size // num_heads
+    if num_heads * head_dim > LARGEST_SIZE:
+        raise reader.fail(f"{num_heads} heads of size {head_dim} are more than the {LARGEST_SIZE} there may be")
     reader.require("hidden_act", ("silu",))
     return {
         "vocab_size": size("vocab_size"),

@@ -216,15 +216,6 @@ def test_a_quantised_tensor_is_refused_by_name(checkpoint: Path) -> None:
         load_model(checkpoint)
 
 
-@pytest.mark.parametrize("keep", [0.999, 0.5, 0.001])
-def test_a_truncated_file_is_named_with_the_tensor_that_is_cut(checkpoint: Path, keep: float) -> None:
-    path = checkpoint / "model.safetensors"
-    data = path.read_bytes()
-    path.write_bytes(data[: int(len(data) * keep)])
-    with pytest.raises(CheckpointError, match=r"model\.safetensors: truncated"):
-        load_model(checkpoint)
-
-
 def test_shards_and_index_must_agree(tmp_path: Path) -> None:
     make_peer("llama").save_pretrained(tmp_path, max_shard_size="30KB")
     index = tmp_path / "model.safetensors.index.json"
