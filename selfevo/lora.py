@@ -10,32 +10,34 @@ of each away, and the reference model would no longer be the model that the iter
 from __future__ import annotations
 
 import math
-import re
+import reprlib
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from selfevo.files import locate, read_json, replace_file, write_json
+from selfevo.files import FileError, locate, read_object, read_tensor_shapes, replace_file, write_json
+from selfevo.kernels.elementwise import all_finite
 from selfevo.kernels.linear import Linear, linear
 from selfevo.kernels.lowrank import adapted_linear
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-# Entries of PEFT's configuration that only describe the file or are read below. Any other entry that is switched on
-# changes what the adapter computes and is refused.
-_UNDERSTOOD = {
-    "peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "bias", "init_lora_weights", "inference_mode", "task_type", "auto_mapping",
-    "base_model_name_or_path", "revision", "peft_version", "megatron_core", "qalora_group_size", "eva_config",
+# Entries of PEFT's configuration that only describe the file. Any other entry that is neither read below nor switched
+# off changes what the adapter computes and is refused.
+_DESCRIPTIVE = {
+    "layers_pattern", "inference_mode", "task_type", "auto_mapping", "base_model_name_or_path", "revision",
+    "peft_version", "megatron_core", "qalora_group_size", "eva_config",
 }  # fmt: skip
 # Initialisations other than these (PiSSA, OLoRA, LoftQ, ...) change the base weights.
 _ALLOWED = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}
+_EVERY = "all-linear"
 _HEAD = ("lm_head",)
 L = TypeVar("L", bound=nn.Linear)
 
@@ -291,81 +293,110 @@ def _keys(name: str) -> tuple[str, str]:
     return f"{_PREFIX}{name}.lora_A.weight", f"{_PREFIX}{name}.lora_B.weight"
 
 
+@dataclass(frozen=True)
+class _Config:
+    """What an adapter_config.json says of plain LoRA."""
+
+    rank: int
+    alpha: float  # as if scaled by alpha / rank, also where rsLoRA scales by alpha / sqrt(rank)
+    dropout: float
+    targets: frozenset[str] | str | None  # ends of names of layers, or _EVERY; None where only the tensors can tell
+
+
 def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
     """Adapt exactly the layers of an adapter in PEFT's format, a folder or a hub id; it becomes the trainable one.
 
     ``freeze_adapter`` afterwards makes it part of the reference. Returns the names of the layers. Embeddings and heads
     that the file also holds, as PEFT may write them, must be those of the model. Raises ValueError, and leaves the
     model alone, if it has adapters, for a configuration that needs more than plain LoRA with one rank (the entry is
-    named), and for a tensor that is missing, unexpected or of the wrong shape.
+    named), and for a tensor that is missing, unexpected, of the wrong shape or not finite.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     path = locate(folder, patterns=(CONFIG_FILE, WEIGHTS_FILE)) / WEIGHTS_FILE
     config = _read_config(path.with_name(CONFIG_FILE))
     if not path.is_file() and path.with_suffix(".bin").is_file():
-        raise ValueError(
+        raise FileError(
             f"{path.with_suffix('.bin')} is a pickle, which is not read; write it anew as safetensors: in PEFT, "
             "PeftModel.from_pretrained(base, folder).save_pretrained(folder)"
         )
+    names = _check_shapes(model, read_tensor_shapes(path), config, path)
+    with safe_open(path, framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no dict)
+    _check_numbers(model, tensors, names, path)
     try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    names = _check_tensors(model, tensors, config, path)
-    rank = config["r"]
-    alpha = config["lora_alpha"] * (math.sqrt(rank) if config.get("use_rslora") else 1)  # rsLoRA: s = alpha / sqrt(r)
-    _inject(model, names, rank, alpha, config.get("lora_dropout") or 0.0, seed=0)
+        _inject(model, names, config.rank, config.alpha, config.dropout, seed=0)
+    except ValueError as error:
+        raise FileError(f"{path}: {error}") from error
     for name, layer in _layers(model, LoRALinear).items():
         for factor, key in zip((layer.lora_A, layer.lora_B), _keys(name), strict=True):
             factor.data.copy_(tensors[key])
     return names
 
 
-def _check_tensors(model: nn.Module, tensors: dict[str, Tensor], config: dict[str, Any], path: Path) -> list[str]:
-    """The layers to adapt, in module order. Raises ValueError for a tensor that does not fit or is missing."""
-    linears, rank = _layers(model, nn.Linear), config["r"]
-    shapes: dict[str, tuple[int, int]] = {}
+def _check_shapes(model: nn.Module, stored: dict[str, tuple[int, ...]], config: _Config, path: Path) -> list[str]:
+    """The layers to adapt, in module order. Raises ``FileError`` for a tensor that does not fit or is missing."""
+    linears, own = _layers(model, nn.Linear), dict(model.named_parameters(remove_duplicate=False))
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, layer in linears.items():
         a_key, b_key = _keys(name)
-        if a_key in tensors or b_key in tensors or _is_expected(name, config, linears):
-            shapes[a_key], shapes[b_key] = (rank, layer.in_features), (layer.out_features, rank)
-    stored = dict(model.named_parameters(remove_duplicate=False))
-    for key in sorted(tensors.keys() | shapes.keys()):
-        if key not in shapes:
-            own = stored.get(key.removeprefix(_PREFIX))
-            if own is None:
-                raise ValueError(f"{path}: {key} belongs to no linear layer of the model")
-            if own.shape != tensors[key].shape or not torch.equal(own.detach().cpu(), tensors[key].to(own.dtype)):
-                raise ValueError(f"{path}: {key} differs from the model's: it was trained too, which is more than LoRA")
-            continue
-        if key not in tensors:
-            raise ValueError(f"{path}: {key} is missing")
-        if tensors[key].shape != shapes[key]:
-            raise ValueError(f"{path}: {key} has shape {tuple(tensors[key].shape)}, not {shapes[key]}")
-    return [name for name in linears if _keys(name)[0] in shapes]
+        if a_key in stored or b_key in stored or _is_target(name, config, linears):
+            shapes[a_key], shapes[b_key] = (config.rank, layer.in_features), (layer.out_features, config.rank)
+    names = [name for name in linears if _keys(name)[0] in shapes]
+    for key in sorted(stored.keys() - shapes.keys()):
+        if (name := key.removeprefix(_PREFIX)) not in own:
+            raise FileError(f"{path}: {key} belongs to no linear layer of the model")
+        shapes[key] = tuple(own[name].shape)
+    for key, shape in sorted(shapes.items()):
+        if key not in stored:
+            raise FileError(f"{path}: {key} is missing")
+        if stored[key] != shape:
+            raise FileError(f"{path}: {key} has shape {stored[key]}, not {shape}")
+    return names
 
 
-def _is_expected(name: str, config: dict[str, Any], linears: Collection[str]) -> bool:
-    """Whether the configuration names this layer; not if it excludes layers, as then the tensors decide."""
-    targets = config.get("target_modules")
-    if not targets or config.get("exclude_modules") or config.get("layers_to_transform") is not None:
-        return False
-    if isinstance(targets, str):
-        return not _matches(name, _HEAD) if targets == "all-linear" else re.fullmatch(targets, name) is not None
-    return _matches(name, [target for target in targets if target == name or target not in linears])
+def _check_numbers(model: nn.Module, tensors: Mapping[str, Tensor], names: list[str], path: Path) -> None:
+    """Raises ``FileError`` for factors that are no finite numbers, and weights that are not those of the model."""
+    factors = {key for name in names for key in _keys(name)}
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for key, tensor in tensors.items():
+        if key not in factors:
+            mine = own[key.removeprefix(_PREFIX)].detach().cpu()
+            if not torch.equal(mine, tensor.to(mine.dtype)):
+                raise FileError(f"{path}: {key} differs from the model's: it was trained too, which is more than LoRA")
+        elif not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise FileError(f"{path}: {key} is stored as {tensor.dtype}, not as real numbers of 16 bits or more")
+        elif not all_finite(tensor.float()):
+            raise FileError(f"{path}: {key} holds NaN or infinite numbers; the file is damaged, or of a failed run")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise ValueError(f"{path} does not describe a LoRA adapter (peft_type)")
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), (int, float)) or not config[key] > 0:
-            raise ValueError(f"{path}: {key} must be a positive number, not {config.get(key)!r}")
-    refused = {key: value for key, value in config.items() if value and key not in _UNDERSTOOD}
-    refused |= {key: config[key] for key in _ALLOWED if key in config and config[key] not in _ALLOWED[key]}
-    if refused:
-        raise ValueError(f"{path}: not supported: " + ", ".join(f"{key} = {value!r}" for key, value in refused.items()))
-    return config
+def _is_target(name: str, config: _Config, linears: Collection[str]) -> bool:
+    """Whether the configuration names this layer."""
+    if config.targets is None or config.targets == _EVERY:
+        return config.targets is not None and not _matches(name, _HEAD)
+    ends = [name[dot + 1 :] for dot, char in enumerate(name) if char == "."]
+    return name in config.targets or any(end in config.targets and end not in linears for end in ends)
+
+
+def _read_config(path: Path) -> _Config:
+    config = read_object(path)
+    if (kind := config.take("peft_type", str)) != "LORA":
+        raise config.fail(f"does not describe a LoRA adapter (peft_type is {reprlib.repr(kind)})")
+    rank = config.take("r", int, low=1)
+    # An alpha or a dropout beyond these leaves nothing of the adapter or of the model.
+    alpha = config.take("lora_alpha", float, low=1e-6, high=1e6)
+    dropout = config.take("lora_dropout", float, 0.0, low=0, high=0.999)
+    if config.take("use_rslora", bool, False):
+        alpha *= math.sqrt(rank)
+    targets = config.values.get("target_modules")
+    if not isinstance(targets, str):
+        targets = frozenset(config.take_list("target_modules", str, ()))
+    # A regular expression is not matched, as it may take for ever: the tensors decide, as they do for exceptions.
+    narrowed = config.values.get("exclude_modules") or config.values.get("layers_to_transform") is not None
+    if narrowed or not targets or (isinstance(targets, str) and targets != _EVERY):
+        targets = None
+    read = config.taken | _DESCRIPTIVE | {"target_modules", "exclude_modules", "layers_to_transform"}
+    for key, value in config.values.items():
+        if value not in _ALLOWED[key] if key in _ALLOWED else value and key not in read:
+            raise config.fail(f"{key} = {reprlib.repr(value)} is not supported")
+    return _Config(rank, alpha, dropout, targets)

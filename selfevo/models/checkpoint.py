@@ -194,11 +194,15 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
     the tokenizer's format and generation_config.json, for transformers to read; weights that were there are removed.
 
     Adapters must be merged (``selfevo.lora.merge_adapters``) or saved apart (``save_adapter``) first: raises
-    :class:`CheckpointError` for a model that has some.
+    :class:`CheckpointError` for a model that has some, and for a tokenizer with more ids than the model.
     """
     from huggingface_hub import split_torch_state_dict_into_shards  # slow to import
 
     folder = Path(folder)
+    if tokenizer is not None and tokenizer.vocab_size > (size := model.config.vocab_size):
+        raise CheckpointError(
+            f"{folder}: not written, as the tokenizer has {tokenizer.vocab_size} ids, the model {size}"
+        )
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     with torch.device("meta"):
         plain = Transformer(model.config).state_dict()
