@@ -5,14 +5,17 @@ strings. Scores are floats in 0..100, except ``mean_length``. ValueError is rais
 lengths or hold anything but strings, and for unknown settings.
 
 ``tokenize`` is any function from a text to a list of hashable tokens: ``tokenize_13a``, ``tokenize_words``,
-``str.split``, or a model's own ``tokenizer.encode``. It changes every score: print ``signature(...)`` next to one.
+``tokenize_characters`` for scripts that do not space their words, ``str.split``, or a model's own ``tokenizer.encode``.
+It changes every score: print ``signature(...)`` next to one.
 """
 
 import math
 import re
+import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from functools import lru_cache, reduce
+from functools import cache, lru_cache, reduce
 from itertools import chain, pairwise
 from statistics import fmean
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -24,7 +27,15 @@ Smoothing = Literal["epsilon", "add-k", "exp", "nist"]
 Synonyms = Callable[[str], Iterable[str]]
 _Text = TypeVar("_Text", bound=Tokens)
 
-_WORD = re.compile(r"[^\W_]+")
+_SIMPLE_WORD = re.compile(r"[^\W_]+")
+# What is neither Latin nor common punctuation: only such texts have combining marks, joiners or unspaced scripts.
+_NOT_SIMPLE = re.compile("[^\x00-\u012f\u0131-\u02ff\u2010-\u203f\u20a0-\u20bf]")
+_JOINERS = "\u200c\u200d"  # inside words of Persian, Hindi and others
+# Thai, Lao, Burmese, Khmer, kana and bopomofo, Chinese characters
+_UNSPACED = re.compile(
+    "[\u0e01-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3041-\u312f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+    "\uff66-\uff9f\U00020000-\U000323af]"
+)
 _ENTITIES = (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">"))
 _SYMBOL = re.compile(r"([!-&(-+/:-@\[-`{-~])")  # ASCII punctuation except ' , - .
 # These two also consume the character next to the mark, so some marks of a run stay joined: "5...5" gives 5 . . .5
@@ -37,8 +48,10 @@ def tokenize_13a(text: str) -> list[str]:
     """Tokens of WMT's mteval-v13a script, the default of sacreBLEU. Case is kept, punctuation becomes tokens.
 
     Apostrophes and hyphens stay inside words (``don't``, ``well-being``), as do periods and commas between digits.
-    Equal to sacreBLEU's ``Tokenizer13a``.
+    Equal to sacreBLEU's ``Tokenizer13a``. Warns as ``tokenize_words`` does.
     """
+    if not text.isascii():
+        _warn_of_unspaced(text)
     return list(_tokens_13a(text))
 
 
@@ -55,11 +68,65 @@ def _tokens_13a(text: str) -> tuple[str, ...]:
 
 
 def tokenize_words(text: str) -> list[str]:
-    """Lower-cased runs of letters and digits of any script; other characters separate: ``Don't!`` gives ``don``, ``t``.
+    """Lower-cased words of any script: letters and digits with their combining marks (vowel signs, diacritics), in NFC.
 
-    On ASCII text these are the tokens of Google's rouge-score without its stemmer (which drops other letters).
+    Other characters separate words: ``Don't!`` gives ``don``, ``t``. On ASCII text these are the tokens of Google's
+    rouge-score without its stemmer (which drops other letters). A joiner (U+200C, U+200D) inside a word belongs to it.
+    Warns (UserWarning) of a text in a script that does not space its words, where a whole clause would be one word.
     """
-    return _WORD.findall(text.lower())
+    if _is_simple(text):
+        return _SIMPLE_WORD.findall(text.lower())
+    _warn_of_unspaced(text)
+    return _words().findall(_plain(text))
+
+
+def tokenize_characters(text: str) -> list[str]:
+    """Lower-cased letters and digits, each with its combining marks, in NFC: for Chinese, Japanese, Thai and others."""
+    return _characters().findall(_plain(text))
+
+
+def is_unspaced(text: str) -> bool:
+    """Whether most of a text is in a script that does not space its words, such as Chinese, Japanese or Thai."""
+    return not _is_simple(text) and 2 * len(_UNSPACED.findall(text)) > len(text)
+
+
+def _is_simple(text: str) -> bool:
+    return text.isascii() or _NOT_SIMPLE.search(text) is None
+
+
+def _warn_of_unspaced(text: str) -> None:
+    if is_unspaced(text):
+        warnings.warn(
+            "texts without spaces between words are scored by tokenize_characters, not by words", stacklevel=4
+        )
+
+
+def _plain(text: str) -> str:
+    """NFC, lower case, without the one separator that Python takes for a letter."""
+    return unicodedata.normalize("NFC", text).lower().replace("_", " ")
+
+
+@cache
+def word_pattern() -> str:
+    """A regular expression for the words of ``tokenize_words``, in a text without underscores."""
+    return rf"\w[\w{_marks()}]*(?:[{_JOINERS}]+[\w{_marks()}]+)*"
+
+
+@cache
+def _words() -> re.Pattern[str]:
+    return re.compile(word_pattern())
+
+
+@cache
+def _characters() -> re.Pattern[str]:
+    return re.compile(rf"\w[{_marks()}]*")
+
+
+@cache
+def _marks() -> str:
+    """All combining marks, for a class of characters; beyond the second plane there are only variation selectors."""
+    codes = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))
+    return "".join(char for char in map(chr, codes) if unicodedata.category(char).startswith("M"))
 
 
 def ngrams(tokens: Tokens, n: int) -> Iterator[tuple[Hashable, ...]]:
@@ -365,6 +432,7 @@ def _match(unmatched: dict[int, str], free: dict[int, str], synonyms: Synonyms |
 
 
 _SCORES_SINCE = "0.1.0"  # the release that last changed a score; signatures end with it
+_TOKENS_SINCE = {tokenize_words: "0.2.0", tokenize_characters: "0.2.0"}  # or a later one that changed its tokens
 _SHORT_NAMES = {"max_n": "n", "smoothing": "smooth", "effective_order": "eff", "tokenize": "tok"}
 _METRICS = (bleu, distinct_n, mean_length, meteor, rouge_l, unigram_f1)
 _SETTINGS: dict[str, dict[str, object]] = {metric.__name__: metric.__kwdefaults__ or {} for metric in _METRICS}
@@ -390,7 +458,8 @@ def signature(metric_name: str, **settings: object) -> str:
         if metric_name == "bleu" and settings["effective_order"] is None:
             settings["effective_order"] = settings["level"] == "sentence" and settings["smoothing"] == "exp"
     fields = (f"{_SHORT_NAMES.get(name, name)}:{_printed(value)}" for name, value in settings.items())
-    return "|".join([metric_name, *fields, f"selfevo:{_SCORES_SINCE}"])
+    since = next((s for tokens, s in _TOKENS_SINCE.items() if settings.get("tokenize") is tokens), _SCORES_SINCE)
+    return "|".join([metric_name, *fields, f"selfevo:{since}"])
 
 
 def _printed(value: object) -> str:

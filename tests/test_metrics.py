@@ -7,6 +7,8 @@ import math
 import random
 import re
 import sys
+import unicodedata
+import warnings
 from collections import Counter
 from itertools import zip_longest
 from pathlib import Path
@@ -26,11 +28,13 @@ import selfevo.metrics
 from selfevo.metrics import (
     bleu,
     distinct_n,
+    is_unspaced,
     mean_length,
     meteor,
     rouge_l,
     signature,
     tokenize_13a,
+    tokenize_characters,
     tokenize_words,
     unigram_f1,
     without_each_group,
@@ -41,7 +45,9 @@ SACREBLEU_SMOOTHING = {None: "none", "exp": "exp"}
 LEVELS = ("corpus", "sentence")
 SMOOTHINGS = (None, "epsilon", "add-k", "exp", "nist")
 
-pytestmark = pytest.mark.filterwarnings(r"ignore:\s*The hypothesis contains 0 counts")
+pytestmark = pytest.mark.filterwarnings(
+    r"ignore:\s*The hypothesis contains 0 counts", "ignore:texts without spaces between words"
+)
 
 
 def given(*args, **kwargs):
@@ -165,6 +171,59 @@ def test_tokenize_words_equals_rouge_score_on_ascii(text):
 
 def test_tokenize_words_keeps_letters_of_any_script_and_drops_the_rest():
     assert tokenize_words("Don't, fiancé_42! 你好…") == ["don", "t", "fiancé", "42", "你好"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("मैं बहुत दुखी हूँ।", ["मैं", "बहुत", "दुखी", "हूँ"]),  # vowel signs, anusvara and candrabindu are marks
+        ("நான் வருத்தமாக இருக்கிறேன்!", ["நான்", "வருத்தமாக", "இருக்கிறேன்"]),
+        ("আমি খুব দুঃখিত", ["আমি", "খুব", "দুঃখিত"]),
+        ("السَّلامُ عليكم، صديقي", ["السَّلامُ", "عليكم", "صديقي"]),
+        ("שָׁלוֹם לך", ["שָׁלוֹם", "לך"]),
+        ("می\u200cخواهم بروم\u200c.", ["می\u200cخواهم", "بروم"]),  # a joiner inside a word, and one after it
+        ("Ça_va cafe\u0301 ÉTÉ", ["ça", "va", "café", "été"]),
+        ("I'm fine ❤️ 👩\u200d💻, you’re not", ["i", "m", "fine", "you", "re", "not"]),  # marks of no letter
+    ],
+)
+def test_tokenize_words_keeps_words_of_every_script_whole(text, words):
+    assert tokenize_words(text) == [unicodedata.normalize("NFC", word) for word in words]
+
+
+@given(st.text(alphabet=st.characters(codec="utf-8") | st.sampled_from("eéा்َ_ \u0301\u200d")))
+def test_composed_and_decomposed_texts_have_the_same_words_and_characters(text):
+    composed, decomposed = (unicodedata.normalize(form, text) for form in ("NFC", "NFD"))
+    assert tokenize_words(composed) == tokenize_words(decomposed)
+    assert tokenize_characters(composed) == tokenize_characters(decomposed)
+    letters = sum(char.isalnum() for char in composed.lower())
+    assert len(tokenize_characters(composed)) == letters == sum(c.isalnum() for c in "".join(tokenize_words(composed)))
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=0x2FF) | st.sampled_from("’“”…—–€İ\u2029")))
+def test_texts_in_latin_letters_have_the_words_they_always_had(text):
+    if "İ" not in text:  # whose lower case has a combining mark
+        assert tokenize_words(text) == re.findall(r"[^\W_]+", text.lower())
+    assert tokenize_words(f"{text} मैं")[:-1] == tokenize_words(text)  # the short way and the long one
+
+
+def test_characters_carry_their_marks():
+    assert tokenize_characters("ฉันเศร้า, 你好 Ab1é!") == [
+        *"ฉ น เ ศ ร า 你 好 a b 1 é".replace("ฉ", "ฉั").replace("ร", "ร้").split()
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", ["你好，我很难过。", "今日はとても悲しいです", "ฉันเศร้ามาก", "ខ្ញុំពិបាកចិត្ត", "ຂ້ອຍເສົ້າໃຈ", "ကျွန်တော်ဝမ်းနည်းတယ်"]
+)
+@pytest.mark.parametrize("metric", [bleu, rouge_l, unigram_f1, meteor])
+def test_words_of_scripts_without_spaces_are_a_warning_not_a_silent_zero(metric, text):
+    assert is_unspaced(text)
+    with pytest.warns(UserWarning, match="tokenize_characters"):
+        metric([text], [text[:-2]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert metric([text], [text[:-2]], tokenize=tokenize_characters) > 50
+        metric(["I met 王芳 today; ça va? मैं ठीक हूँ"], ["I met 李 and नमस्ते"])
 
 
 # --- BLEU against its oracles -----------------------------------------------------------------------------------------
@@ -688,7 +747,7 @@ def test_unusable_settings_are_refused(call, message):
             {"n": 3, "level": "utterance", "tokenize": str.split},
             "distinct_n|n:3|level:utterance|tok:str.split",
         ),
-        ("rouge_l", {}, "rouge_l|tok:words|beta:1.0"),
+        ("rouge_l", {"tokenize": str.split}, "rouge_l|tok:str.split|beta:1.0"),
         ("meteor", {}, "meteor|tok:13a|stem:none|synonyms:none"),
         ("meteor", {"stem": PorterStemmer().stem}, "meteor|tok:13a|stem:PorterStemmer.stem|synonyms:none"),
         ("mean_length", {"tokenize": functools.partial(str.split)}, "mean_length|tok:partial"),
@@ -697,6 +756,14 @@ def test_unusable_settings_are_refused(call, message):
 )
 def test_a_signature_names_every_setting_given_or_not(name, how, expected):
     assert signature(name, **how) == expected + "|selfevo:0.1.0"
+
+
+def test_a_signature_tells_the_words_of_today_from_those_that_ended_at_a_vowel_sign():
+    assert signature("rouge_l") == "rouge_l|tok:words|beta:1.0|selfevo:0.2.0"
+    assert signature("unigram_f1") == "unigram_f1|tok:words|selfevo:0.2.0"
+    characters = signature("bleu", tokenize=tokenize_characters)
+    assert characters == "bleu|n:4|level:corpus|smooth:none|eff:no|tok:characters|selfevo:0.2.0"
+    assert signature("mean_length", tokenize=[].append).endswith("tok:list.append|selfevo:0.1.0")  # one without a hash
 
 
 def test_metrics_imports_only_the_standard_library():

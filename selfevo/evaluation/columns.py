@@ -1,8 +1,9 @@
 """The columns of the score tables: which metrics, over which tokens, at which level, with which uncertainty.
 
-A convention is a set of columns. Ours (``paper``) has the scores of Tables 2 and 6, as means over replies. The others
-reproduce the metric scripts of published work on emotional support conversation, since numbers under different
-conventions cannot be compared: ``esconv`` is that of Liu et al. (2021), ``decoupledesc`` that of Zhang et al. (2025).
+A convention is a set of columns. Ours (``paper``) has the scores of Tables 2 and 6, as means over replies;
+``characters`` has them over characters, for languages that do not space their words. The others reproduce the metric
+scripts of published work on emotional support conversation, since numbers under different conventions cannot be
+compared: ``esconv`` is that of Liu et al. (2021), ``decoupledesc`` that of Zhang et al. (2025).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 from selfevo import metrics
 from selfevo.evaluation.significance import SAMPLES, bootstrap_interval, jackknife_interval
 
-CONVENTIONS = ("paper", "esconv", "decoupledesc")
+CONVENTIONS = ("paper", "characters", "esconv", "decoupledesc")
 EXTRAS = ("METEOR", "BERTScore")
 BERT_MODEL = "roberta-large"  # bert-score's own choice for English
 Texts = Sequence[str]
@@ -107,10 +108,13 @@ def columns(convention: str) -> list[Column]:
     """The columns of a convention; raises ValueError for one that is not in ``CONVENTIONS``."""
     if convention not in CONVENTIONS:
         raise ValueError(f"the convention should be one of {', '.join(CONVENTIONS)}, not {convention!r}")
-    if convention != "paper":
+    if convention in ("esconv", "decoupledesc"):
         return _script_columns(pooled=convention == "esconv")
-    rouge, length = _column("ROUGE-L", metrics.rouge_l), _column("Length", metrics.mean_length)
-    return [*_bleu(2, 3), rouge, *_distinct("utterance"), *_distinct("corpus", " (corpus)"), length]
+    how: dict[str, Any] = {"tokenize": metrics.tokenize_characters} if convention == "characters" else {}
+    rouge, length = _column("ROUGE-L", metrics.rouge_l, **how), _column("Length", metrics.mean_length, **how)
+    return [
+        *_bleu(2, 3, **how), rouge, *_distinct("utterance", **how), *_distinct("corpus", " (corpus)", **how), length,
+    ]  # fmt: skip
 
 
 def support_columns() -> list[Column]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 Values = Sequence[float] | NDArray[np.float64]
 SAMPLES = 2000
+_ROUNDING = 1e-12  # relative to the largest value: what sums and means in another order may differ by
 _BLOCK = 4_000_000  # random numbers held at a time
 
 
@@ -93,17 +94,17 @@ def compare(
 def pearson(first: Values, second: Values, *, level: float = 0.95) -> tuple[float, float, float]:
     """Pearson's correlation of two (N,) lists and the ends of its interval by Fisher's z transformation.
 
-    NaN where not defined: each list needs two different values, the interval four pairs and a correlation inside
-    (-1, 1). Raises ValueError for lists of unequal lengths.
+    NaN where not defined: each list needs values that differ by more than rounding, the interval four pairs and a
+    correlation inside (-1, 1). Raises ValueError for lists of unequal lengths.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"a correlation needs pairs, not {a.size} and {b.size} values")
-    if len(a) < 2 or np.all(a == a[0]) or np.all(b == b[0]):
+    if len(a) < 2 or any(np.ptp(one) <= _ROUNDING * np.abs(one).max() for one in (a, b)):
         return math.nan, math.nan, math.nan
     a, b = a - a.mean(), b - b.mean()
     r = float(np.clip((a / np.linalg.norm(a)) @ (b / np.linalg.norm(b)), -1, 1))
-    if len(a) < 4 or abs(r) == 1:
+    if len(a) < 4 or 1 - abs(r) < _ROUNDING:
         return r, math.nan, math.nan
     reach = NormalDist().inv_cdf((1 + level) / 2) / math.sqrt(len(a) - 3)
     return r, math.tanh(math.atanh(r) - reach), math.tanh(math.atanh(r) + reach)

@@ -145,6 +145,15 @@ def test_pearson_is_undefined_without_variation() -> None:
     assert all(map(math.isnan, pearson([1], [2])))
 
 
+def test_pearson_of_constants_that_differ_by_rounding_is_undefined() -> None:
+    rounded = [0.3, 0.1 + 0.2, 0.3, 0.1 * 3]
+    assert len(set(rounded)) == 2
+    assert all(map(math.isnan, pearson(rounded, [1, 2, 3, 5])))
+    assert all(map(math.isnan, pearson([1, 2, 3, 5], [1e6 * value for value in rounded])))
+    assert pearson([1e-9 * n for n in range(4)], [0, 1, 2, 3])[0] == pytest.approx(1)  # small is not constant
+    assert math.isnan(pearson([0.1 * n for n in range(6)], range(6))[1])  # 1 up to rounding has no interval
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
