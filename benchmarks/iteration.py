@@ -59,15 +59,6 @@ class Job:
     groups: list[str]
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """Tokens of a reply and of a reflection, and how often the pairs are trained on."""
-
-    new: int
-    reflection_new: int
-    epochs: int
-
-
 def make_job(seeds: list[list[TurnPair]], tests: list[list[TurnPair]], tokenizer: ChatTokenizer) -> Job:
     turns = [turn for dialogue in seeds for turn in dialogue]
     request = prompts_of("strategy").refine
@@ -82,45 +73,59 @@ def make_job(seeds: list[list[TurnPair]], tests: list[list[TurnPair]], tokenizer
 
 
 class Clock:
-    """Seconds by stage."""
+    """Seconds by stage: on the clock, or ``of_processor``, all threads of this process together."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_processor: bool) -> None:
+        self.now = time.process_time if of_processor else time.perf_counter
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str, scale: float = 1.0) -> Iterator[None]:
-        started = time.perf_counter()
+        started = self.now()
         yield
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self.seconds[stage] = (time.perf_counter() - started) * scale
+        self.seconds[stage] = (self.now() - started) * scale
 
 
-def selfevo_iteration(folder: str, dtype: str, lengths: Lengths, slots: int, max_tokens: int) -> Work:
+@dataclass(frozen=True)
+class Settings:
+    """Tokens of a reply and of a reflection, how often the pairs are trained on, and which seconds are counted."""
+
+    new: int
+    reflection_new: int
+    epochs: int
+    processor_time: bool
+
+    def clock(self) -> Clock:
+        return Clock(self.processor_time)
+
+
+def selfevo_iteration(folder: str, dtype: str, settings: Settings, slots: int, max_tokens: int) -> Work:
     keep_freed_memory()  # as examples/iterate.py does
     device, kind = device_and_dtype(dtype)
     model = load_model(folder, dtype=kind, device=device)
     inject_lora(model, RANK, ALPHA)
     freeze_adapter(model)
-    settings = TrainSettings(learning_rate=RATE, epochs=lengths.epochs, max_tokens=max_tokens)
+    training = TrainSettings(learning_rate=RATE, epochs=settings.epochs, max_tokens=max_tokens)
 
     def sample(prompts: list[list[int]], new: int) -> None:
         replies = generate(model, prompts, max_new_tokens=new, batch_size=slots, **vars(SAMPLING))
         assert all(len(reply) == new for reply in replies)
 
     def work(job: Job) -> dict[str, float]:
-        clock = Clock()
+        clock = settings.clock()
         with clock("replies"):
-            sample(job.replies, lengths.new)
+            sample(job.replies, settings.new)
         with clock("reflections"):
-            sample(job.reflections, lengths.reflection_new)
+            sample(job.reflections, settings.reflection_new)
         with clock("reference"):
             reference = reference_logps(model, job.pairs, max_tokens)
         with clock("training"), tempfile.TemporaryDirectory() as out:
             objective = DPOObjective(job.pairs, reference, job.groups, BETA, GAMMA)
-            metrics = train(model, objective, Path(out), settings)
+            metrics = train(model, objective, Path(out), training)
         with clock("answers"):
-            sample(job.answers, lengths.new)
+            sample(job.answers, settings.new)
         return clock.seconds | {"loss": statistics.mean(record["loss"] for record in metrics)}
 
     return work
@@ -129,8 +134,8 @@ def selfevo_iteration(folder: str, dtype: str, lengths: Lengths, slots: int, max
 class Others:
     """transformers' ``generate``, TRL's DPOTrainer and peft on one model, ``sample`` turns of every stage."""
 
-    def __init__(self, folder: str, dtype: str, lengths: Lengths, sample: int) -> None:
-        self.lengths, self.sample = lengths, sample
+    def __init__(self, folder: str, dtype: str, settings: Settings, sample: int) -> None:
+        self.settings, self.sample = settings, sample
         self.trainer = dpo_trainer(folder, dtype, STEP, checkpointed=False, stored_reference=True)
         self.model = self.trainer.model
         self.optimiser = self.trainer.create_optimizer()
@@ -142,7 +147,7 @@ class Others:
 
         def generate_in(way: tuple[int, bool]) -> None:
             self.batch, self.continuous = way
-            self.generate(prompts, self.lengths.new)
+            self.generate(prompts, self.settings.new)
 
         def train_in(batch: int) -> None:
             self.pair_batch = batch
@@ -150,8 +155,8 @@ class Others:
 
         ways = [(batch, False) for batch in batches] + [(len(prompts), True)] * continuous
         with self.merged():
-            self.batch, self.continuous = fastest(ways, generate_in)
-        self.pair_batch = fastest(pair_batches, train_in)
+            self.batch, self.continuous = fastest(ways, generate_in, self.settings.clock())
+        self.pair_batch = fastest(pair_batches, train_in, self.settings.clock())
 
     def some(self, items: list[T], length: Callable[[T], int]) -> list[T]:
         return evenly(items, min(self.sample, len(items)), length)
@@ -190,30 +195,30 @@ class Others:
 
 
 def others_iteration(
-    folder: str, dtype: str, lengths: Lengths, sample: int, trial: Job, batches: list[int], pair_batches: list[int],
+    folder: str, dtype: str, settings: Settings, sample: int, trial: Job, batches: list[int], pair_batches: list[int],
     continuous: bool,
 ) -> Work:  # fmt: skip
-    others = Others(folder, dtype, lengths, sample)
+    others = Others(folder, dtype, settings, sample)
     others.choose(trial, batches, pair_batches, continuous)
 
     def work(job: Job) -> dict[str, float]:
-        clock = Clock()
+        clock = settings.clock()
         prompts, pairs = others.some(job.replies, len), others.some(job.pairs, pair_length)
         scale = len(job.pairs) / len(pairs)
         with others.merged():
             with clock("replies", scale):
-                others.generate(prompts, lengths.new)
+                others.generate(prompts, settings.new)
             with clock("reflections", scale):
-                others.generate(others.some(job.reflections, len), lengths.reflection_new)
+                others.generate(others.some(job.reflections, len), settings.reflection_new)
         with clock("reference", scale):
             rows = others.reference(pairs)
         with clock("training", scale):
-            losses = [others.step(part) for _ in range(lengths.epochs) for part in parts(rows, STEP)]
+            losses = [others.step(part) for _ in range(settings.epochs) for part in parts(rows, STEP)]
         answers = others.some(job.answers, len)
         with others.merged(), clock("answers", len(job.answers) / len(answers)):
-            others.generate(answers, lengths.new)
-        settings = {"batch": others.batch, "continuous": others.continuous, "pair_batch": others.pair_batch}
-        return clock.seconds | {"loss": statistics.mean(losses)} | settings
+            others.generate(answers, settings.new)
+        ways = {"batch": others.batch, "continuous": others.continuous, "pair_batch": others.pair_batch}
+        return clock.seconds | {"loss": statistics.mean(losses)} | ways
 
     return work
 
@@ -226,9 +231,8 @@ def parts(items: list[T], size: int) -> list[list[T]]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def fastest(ways: list[T], use: Callable[[T], None]) -> T:
+def fastest(ways: list[T], use: Callable[[T], None], clock: Clock) -> T:
     """Of several ways the one that takes the least time, each used once."""
-    clock = Clock()
     for way in ways if len(ways) > 1 else []:
         with clock(str(way)):
             use(way)
@@ -280,6 +284,10 @@ def main() -> None:
     parser.add_argument("--peer-batch", type=int, nargs="+", default=[8], help="batch sizes of generate to try")
     parser.add_argument("--peer-pairs", type=int, nargs="+", default=[4], help="batch sizes of the DPOTrainer to try")
     parser.add_argument("--continuous", action="store_true", help="also try continuous batching of transformers")
+    parser.add_argument(
+        "--processor-time", action="store_true",
+        help="count processor seconds: with one thread, on a machine that does other work, too",
+    )  # fmt: skip
     options = parser.parse_args()
     if not (options.backbone or options.tokenizer):
         parser.error("give --backbone, or --tokenizer for random weights")
@@ -290,11 +298,11 @@ def main() -> None:
     jobs = [make_job(seeds, tests, tokenizer) for seeds, tests in zip(members[::2], members[1::2])]
     one_turn = [dialogues[0][:1]]
     warm_up = make_job(one_turn, one_turn, tokenizer)
-    lengths = Lengths(options.new, options.reflection_new, options.epochs)
+    settings = Settings(options.new, options.reflection_new, options.epochs, options.processor_time)
     with tempfile.TemporaryDirectory() as folder:
         if not options.backbone:
             write_random(options.shape, Path(folder), tokenizer, getattr(torch, options.dtype))
-        common = {"folder": options.backbone or folder, "dtype": options.dtype, "lengths": lengths}
+        common = {"folder": options.backbone or folder, "dtype": options.dtype, "settings": settings}
         contenders = [
             Contender("selfevo", selfevo_iteration, **common, slots=options.slots, max_tokens=options.max_tokens),
             Contender(
@@ -310,11 +318,12 @@ def main() -> None:
                       ([job.pairs for job in jobs], [job.answers for job in jobs]))  # fmt: skip
     weights = options.backbone or f"{options.shape}, random weights"
     way = "continuous batching" if theirs[0].counts["continuous"] else f"batches of {theirs[0].counts['batch']:.0f}"
+    seconds = "processor seconds" if options.processor_time else "seconds on the clock"
     print(
         f"\n{weights}, {options.dtype}, {torch.get_num_threads()} threads, {os.cpu_count()} processors, torch "
         f"{torch.__version__}\n{pairs:.0f} turns to learn from, {answers:.0f} to answer; {options.new} tokens a reply, "
         f"{options.reflection_new} a reflection, {options.epochs} epochs\nthe others: {options.sample} turns a stage, "
-        f"scaled to all; {way} to sample, {theirs[0].counts['pair_batch']:.0f} pairs to train\n"
+        f"scaled to all; {way} to sample, {theirs[0].counts['pair_batch']:.0f} pairs to train; {seconds}\n"
     )
     print(report(ours, theirs))
 
