@@ -8,9 +8,12 @@ import multiprocessing
 import platform
 import resource
 import statistics
+import subprocess
+import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -78,6 +81,17 @@ def compete(
             if number:
                 results[contender.name].append(result)
     return results
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """Beside another process that keeps one processor busy."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def _serve(connection: Connection, prepare: Prepare, settings: dict[str, Any]) -> None:

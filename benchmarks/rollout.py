@@ -8,6 +8,7 @@ gets a left-padded batch of them, taken evenly by length, so that its tokens per
 contender has a process of its own; rounds alternate, and the first of each is not counted. ``--adapters`` adds LoRA of
 rank 8 on every linear layer (peft's on the other side). ``--continuous`` also runs the continuous batching of
 transformers, which needs a version that has it, and ``--vllm`` vLLM, without adapters, where it is installed.
+``--beside`` runs the rounds once more beside a process that keeps one processor busy.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contest import GIB, Contender, Work, compete, spread
+from contest import GIB, Contender, Result, Work, busy_process, compete, spread
 from shapes import SHAPES, dialogue_pairs, evenly, write_random
 from train import ALPHA, LINEARS, RANK, device_and_dtype
 
@@ -158,6 +159,23 @@ def weight_bytes(shape: str, dtype: str) -> int:
     return width * (config.num_layers * layer + config.vocab_size * config.hidden_size)
 
 
+def tell(result: Result) -> str:
+    return f"{result.counts['replies']:.0f} replies in {result.seconds:.1f} s"
+
+
+def table(results: dict[str, list[Result]], new: int) -> str:
+    lines = ["| | replies/s | new tokens/s | peak above rest, GiB | we are times as fast |", "|---|---|---|---|---|"]
+    for name, rounds in results.items():
+        rates = [result.counts["replies"] / result.seconds for result in rounds]
+        ratios = [mine.counts["replies"] / mine.seconds / rate for mine, rate in zip(results["selfevo"], rates)]
+        above = max(result.peak - result.resting for result in rounds) / GIB
+        lines.append(
+            f"| {name} | {spread(rates)} | {statistics.median(rates) * new:.3g} | {above:.2f} | "
+            f"{'' if name == 'selfevo' else spread(ratios)} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="dialogues, e.g. ESConv.json")
@@ -174,6 +192,7 @@ def main() -> None:
     parser.add_argument(
         "--vllm", type=float, metavar="SHARE", help="also vLLM, with this share of the GPU's memory (0.4, say)"
     )
+    parser.add_argument("--beside", action="store_true", help="then the same again beside one busy process")
     options = parser.parse_args()
     if options.vllm and options.adapters:
         parser.error("vLLM is run without adapters: --vllm and --adapters do not go together")
@@ -192,8 +211,11 @@ def main() -> None:
         if options.vllm:
             peer = {"folder": folder, "dtype": options.dtype, "new": options.new, "memory": options.vllm}
             contenders.append(Contender("vLLM", vllm_generate, **peer))
-        results = compete(contenders, jobs, lambda r: f"{r.counts['replies']:.0f} replies in {r.seconds:.1f} s")
+        results = compete(contenders, jobs, tell)
         one = contenders[0].work([jobs[0][0]])
+        if options.beside:
+            with busy_process():
+                crowded = compete(contenders, jobs, tell)
         for contender in contenders:
             contender.close()
     adapters = "with adapters" if options.adapters else "without adapters"
@@ -201,16 +223,10 @@ def main() -> None:
         f"\n{options.shape}, {options.dtype}, {adapters}, {options.new} new tokens, {torch.get_num_threads()} threads, "
         f"torch {torch.__version__}, random weights"
     )
-    print("\n| | replies/s | new tokens/s | peak above rest, GiB | we are times as fast |\n|---|---|---|---|---|")
+    print(f"\n{table(results, options.new)}")
+    if options.beside:
+        print(f"\nbeside one busy process:\n\n{table(crowded, options.new)}")
     ours = results["selfevo"]
-    for name, rounds in results.items():
-        rates = [result.counts["replies"] / result.seconds for result in rounds]
-        ratios = [mine.counts["replies"] / mine.seconds / rate for mine, rate in zip(ours, rates)]
-        above = max(result.peak - result.resting for result in rounds) / GIB
-        print(
-            f"| {name} | {spread(rates)} | {statistics.median(rates) * options.new:.3g} | {above:.2f} | "
-            f"{'' if name == 'selfevo' else spread(ratios)} |"
-        )
     parts = {part: sum(r.counts[part] for r in ours) for part in ("prefill", "decode", "logits", "sample")}
     total = sum(result.seconds for result in ours)
     step = parts["decode"] + parts["logits"] + parts["sample"]
