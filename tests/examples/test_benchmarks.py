@@ -19,7 +19,8 @@ REAL += ["--rounds", "1", "--dialogues", "2"]
 
 
 def run(script: str, *arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "benchmarks" / script), "--shape", "tiny", *arguments]
+    shape = [] if script == "reflections.py" else ["--shape", "tiny"]
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *shape, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -57,6 +58,17 @@ def test_a_whole_iteration_beside_the_peers() -> None:
     ours, theirs = [float(loss) for loss in re.findall(r"loss ([\d.]+)$", report, re.MULTILINE)]
     assert abs(ours - theirs) < 0.3  # as above
     assert "tried (4, False)" in report
+
+
+def test_reflections_both_ways(tmp_path: Path) -> None:
+    seeds = str(EMBEDDED / "data" / "synthetic.json")
+    settings = ("--max-new-tokens", "16", "--reflection-tokens", "128", "--tries", "1", "--turns", "2")
+    report = run(
+        "reflections.py", "--backbone", REAL[3], "--synthetic", seeds, "--out", str(tmp_path / "both"), *settings
+    )
+    assert re.findall(r"^\| (free|guided) \| \d of 2 \|", report, re.MULTILINE) == ["free", "guided"]
+    assert "| guided | 2 of 2 |" in report
+    assert (tmp_path / "both" / "guided" / "pairs.jsonl").is_file()
 
 
 def test_longer_dialogues() -> None:
