@@ -96,9 +96,12 @@ def tell_memory(config: EvolveConfig) -> str:
     dtype = torch.float32 if backbone.dtype == "float32" else torch.bfloat16
     memory = estimate_memory(
         read_config(folder), iterations=config.iterations, dtype=dtype, rank=config.adapter.rank,
-        row_tokens=row_tokens, slots=config.replies.slots,
+        row_tokens=row_tokens, slots=config.replies.slots, checkpointed=backbone.checkpoint_activations,
     )  # fmt: skip
-    return f"{backbone.source}, {dtype}, rows of {row_tokens} tokens:\n{describe_memory(memory)}"
+    how = (
+        f"rows of {row_tokens} tokens{', checkpointed' * backbone.checkpoint_activations}, {config.replies.slots} slots"
+    )
+    return f"{backbone.source}, {dtype}, {how}:\n{describe_memory(memory)}"
 
 
 @program(memory=TRAINING)

@@ -16,7 +16,7 @@ from selfevo.kernels.linear import linear
 # The machine constants of this and other files are listed, with what they were measured on, in docs/performance.md.
 # Logits held at once by linear_logps: some hundreds of rows, so that reading the head is not the bottleneck.
 _CPU_CHUNK_BYTES = 192 * 2**20
-_GPU_CHUNK_BYTES = 256 * 2**20
+GPU_CHUNK_BYTES = 256 * 2**20
 # The softmax takes several passes over the logits: on a CPU over as many rows at a time as its cache holds.
 _CPU_BLOCK_BYTES = 4 * 2**20
 
@@ -54,7 +54,7 @@ def linear_logps(hidden: Tensor, weight: Tensor, targets: Tensor, *, chunk_size:
         raise ValueError(f"hidden, weight and targets are on {hidden.device}, {weight.device} and {targets.device}")
     check_targets(targets, weight.shape[0])
     if chunk_size is None:
-        budget = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _GPU_CHUNK_BYTES
+        budget = _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else GPU_CHUNK_BYTES
         most = max(1, budget // (weight.element_size() * max(1, weight.shape[0])))
         chunks = max(1, math.ceil(len(hidden) / most))
         chunk_size = max(1, math.ceil(len(hidden) / chunks))  # equal ones: a small rest is slow

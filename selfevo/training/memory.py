@@ -1,4 +1,4 @@
-"""How much memory a run needs, from the configuration alone: exact for what is counted, estimated where said."""
+"""How much memory a run needs, from the configuration alone: exact but for activations."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from selfevo.generate.decoder import SLOTS
+from selfevo.generate.decoder import MAX_PREFILL_TOKENS, SLOTS
+from selfevo.kernels.head import GPU_CHUNK_BYTES as HEAD_BYTES
 from selfevo.models.model_config import ModelConfig
 from selfevo.models.transformer import Transformer
 from selfevo.scoring import MAX_TOKENS
@@ -22,8 +23,9 @@ class Memory:
 
     weights: int
     adapters: int  # trainable adapter in float32 with its gradient and AdamW's moments, and the frozen ones
-    activations: int  # estimate: one packed row under activation checkpointing
+    activations: int  # of one packed row: what is kept for the backward pass, and the most that it needs beside that
     cache: int  # keys and values of the rollout's slots
+    prefill: int  # keys and values of one prefill pass, and what it needs beside them
 
     @property
     def training(self) -> int:
@@ -31,7 +33,7 @@ class Memory:
 
     @property
     def rollout(self) -> int:
-        return self.weights + self.adapters + self.cache
+        return self.weights + self.adapters + self.cache + self.prefill
 
 
 def estimate_memory(
@@ -43,9 +45,11 @@ def estimate_memory(
     row_tokens: int = MAX_TOKENS,
     slots: int = SLOTS,
     context: int = 2048,
+    checkpointed: bool = False,
 ) -> Memory:
     """Memory for training adapters of ``rank``, stacked ``iterations`` high, on packed rows of ``row_tokens``, and for
-    ``slots`` replies of ``context`` tokens each."""
+    ``slots`` replies of ``context`` tokens each. Weights, adapters and cache are exact; activations are counted from
+    what each step of a block keeps, where two branches of a row are taken to see each key."""
     with torch.device("meta"):
         model = Transformer(config)
     size = dtype.itemsize
@@ -53,15 +57,20 @@ def estimate_memory(
         module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"
     ]
     adapter = sum(rank * (layer.in_features + layer.out_features) for layer in layers)
-    # between blocks one hidden state a token is kept; inside the block that is recomputed, about 20 of the hidden and
-    # 6 of the intermediate size
-    per_token = config.num_layers * config.hidden_size + 20 * config.hidden_size + 6 * config.intermediate_size
-    head_chunk = 256 * 2**20
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    # Per token. Norms keep their inputs and results; attention queries, results, their copy for the next product, and
+    # keys and values, repeated for all query heads, once in each branch; the MLP both factors and their product.
+    block = size * (4 * config.hidden_size + 7 * queries + 3 * config.intermediate_size)
+    kept = config.num_layers * (size * config.hidden_size if checkpointed else block)
+    passing = 10 * config.intermediate_size  # a product of the MLP with its adapter, widened to float32
+    head = min(row_tokens, HEAD_BYTES // (size * config.vocab_size)) * config.vocab_size * (size + 4)
+    stored = 2 * config.num_layers * keys * size
     return Memory(
         weights=sum(parameter.numel() for parameter in model.parameters()) * size,
         adapters=adapter * 4 * (4 + iterations),
-        activations=row_tokens * per_token * size + row_tokens**2 + head_chunk,
-        cache=2 * config.num_layers * config.num_kv_heads * config.head_dim * slots * context * size,
+        activations=row_tokens * kept + max(row_tokens * (passing + (block if checkpointed else 0)), head),
+        cache=slots * context * stored,
+        prefill=MAX_PREFILL_TOKENS * (stored + passing),
     )
 
 
@@ -70,8 +79,9 @@ def describe_memory(memory: Memory) -> str:
     parts = {
         "weights": memory.weights,
         "adapters with optimiser": memory.adapters,
-        "activations of a packed row (estimate, --checkpoint-activations)": memory.activations,
+        "activations of a packed row": memory.activations,
         "rollout cache": memory.cache,
+        "prefill of prompts": memory.prefill,
         "training together": memory.training,
         "rollout together": memory.rollout,
     }
