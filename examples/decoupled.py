@@ -34,7 +34,7 @@ from selfevo.datasets.seeds import derive_seed
 from selfevo.decoupled import DecoupledConfig, decouple
 from selfevo.decoupled.mining import ErrorFinder, find_errors
 from selfevo.evaluation.ask_json import Responder
-from selfevo.evaluation.endpoint import Endpoint, EndpointSettings
+from selfevo.evaluation.endpoint import Address, Endpoint, EndpointSettings, read_parameters
 from selfevo.evaluation.local_responder import LocalResponder
 from selfevo.evaluation.report import write_report
 from selfevo.evaluation.tables import mean_table
@@ -56,13 +56,20 @@ EMBEDDED: dict[str, Any] = {
 }
 
 
-def parse(arguments: list[str] | None = None) -> tuple[DecoupledConfig, list[int], bool]:
-    """The configuration, the seeds (none: the configuration's own), and whether to resume."""
+def parse(arguments: list[str] | None = None) -> tuple[DecoupledConfig, list[int], bool, str]:
+    """The configuration, the seeds (none: the configuration's own), whether to resume, and the judge's URL as given:
+    a login in it is for no file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for leaf in leaves(DecoupledConfig).values():
-        iterate.add_option(parser, leaf)
+        if leaf.name == "judge_parameters":
+            parser.add_argument(
+                "--judge-parameter", dest=leaf.name, action="append", metavar="NAME=VALUE", default=argparse.SUPPRESS,
+                help=leaf.help,
+            )  # fmt: skip
+        else:
+            iterate.add_option(parser, leaf)
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="INT", help="several runs, in OUT/seed-INT")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, to the same result")
     values = vars(parser.parse_args(arguments))
@@ -83,14 +90,18 @@ def parse(arguments: list[str] | None = None) -> tuple[DecoupledConfig, list[int
         values["out"] = str(Path("runs") / f"decoupled-{datetime.now():%Y%m%d-%H%M%S}")
     if seeds and "seed" in values:
         parser.error("--seed and --seeds exclude each other")
-    return compose(DecoupledConfig, values), seeds, resume
+    judge_url = values.get("judge_url", "")
+    if judge_url:
+        values["judge_url"] = Address.of(judge_url).url
+    return compose(DecoupledConfig, values), seeds, resume, judge_url
 
 
-def make_judge(config: DecoupledConfig) -> Responder | None:
+def make_judge(config: DecoupledConfig, judge_url: str) -> Responder | None:
     """The endpoint or the local model that was requested; its answers are kept in the run folder."""
     folder = Path(config.out) / "judge"
-    if config.judge_url:
-        return Endpoint(EndpointSettings(config.judge_url, config.judge), folder / "answers.jsonl")
+    if judge_url:
+        settings = EndpointSettings(judge_url, config.judge, parameters=read_parameters(config.judge_parameters))
+        return Endpoint(settings, folder / "answers.jsonl")
     if config.judge:
         model, tokenizer = load_backbone(replace(config.backbone, source=config.judge, revision="", chat_format=""))
         seed = derive_seed(config.seed, "judge")
@@ -99,14 +110,16 @@ def make_judge(config: DecoupledConfig) -> Responder | None:
     return None
 
 
-def run_one(config: DecoupledConfig, *, resume: bool) -> dict[str, Any]:
+def run_one(config: DecoupledConfig, judge_url: str, *, resume: bool) -> dict[str, Any]:
     """The scores of one run: strategies and replies, by model."""
     check_run(config, resume=resume)
-    judge = make_judge(config)
+    judge = make_judge(config, judge_url)
     finder: ErrorFinder = strategies.find_errors if judge is None else partial(find_errors, judge)
     run = decouple(config, finder, judge=judge, resume=resume)
     tables = [(run / "eval" / f"{name}.md").read_text(encoding="utf-8") for name in ("strategies", "replies")]
     report = write_report(run)
+    if isinstance(judge, Endpoint):
+        print("", *judge.remarks(), sep="\n", file=sys.stderr)
     print("", *tables, f"adapters, pairs, replies and scores: {run}\ntables and samples: {report}", sep="\n")
     scores: dict[str, Any] = read_json(run / "eval" / "scores.json")
     return scores
@@ -120,18 +133,18 @@ def summary(runs: Sequence[dict[str, Any]]) -> str:
 
 @program(memory=TRAINING)
 def main() -> int:
-    config, seeds, resume = parse()
+    config, seeds, resume, judge_url = parse()
     try:
         print(f"selfevo: {config.backbone.source} on {config.data.esconv}, into {config.out}", flush=True)
         keep_freed_memory()
         if not seeds:
-            run_one(config, resume=resume)
+            run_one(config, judge_url, resume=resume)
             return 0
         runs = []
         for seed in seeds:
             folder = Path(config.out) / f"seed-{seed}"
             own = replace(config, seed=seed, out=str(folder))
-            runs.append(run_one(own, resume=resume))
+            runs.append(run_one(own, judge_url, resume=resume))
         table = summary(runs)
         write_text(Path(config.out) / "table.md", table + "\n")
     except KeyboardInterrupt as stop:

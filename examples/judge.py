@@ -29,7 +29,7 @@ from selfevo.datasets.seeds import derive_seed
 from selfevo.dialogue import Example
 from selfevo.evaluation import pearson
 from selfevo.evaluation.ask_json import Responder
-from selfevo.evaluation.endpoint import Endpoint, EndpointSettings
+from selfevo.evaluation.endpoint import Endpoint, EndpointSettings, read_parameters
 from selfevo.evaluation.folder import answered_models, read_answers, read_examples
 from selfevo.evaluation.judge import Aspect, Judgement, judge_replies, load_aspects, summarise
 from selfevo.evaluation.local_responder import LocalResponder
@@ -64,6 +64,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=0.95, help="of the judge (default: 0.95)")
     parser.add_argument("--top-k", type=int, default=50, help="of the judge, where the server takes it (default: 50)")
     parser.add_argument("--max-tokens", type=int, default=768, help="longest judgement (default: 768)")
+    parser.add_argument(
+        "--judge-parameter", action="append", default=[], metavar="NAME=VALUE",
+        help="send the endpoint this parameter too, or in place of ours (temperature, top_p, top_k, max_tokens); "
+        "NAME=omit leaves one out that a model refuses; may be given several times",
+    )  # fmt: skip
     parser.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
     parser.add_argument("--timeout", type=float, default=120, help="seconds to wait for an answer (default: 120)")
     return parser.parse_args()
@@ -74,9 +79,11 @@ def make_responder(options: argparse.Namespace, folder: Path) -> Responder:
     if options.judge_url:
         settings = EndpointSettings(
             options.judge_url, options.judge, options.temperature, options.top_p, options.top_k, options.max_tokens,
-            options.concurrency, timeout=options.timeout,
+            options.concurrency, timeout=options.timeout, parameters=read_parameters(options.judge_parameter),
         )  # fmt: skip
         return Endpoint(settings, cache / "answers.jsonl")
+    if options.judge_parameter:
+        raise ValueError("--judge-parameter is for an endpoint: give --judge-url, or leave it out")
     model, tokenizer = load_backbone(BackboneSettings(options.judge))
     sampling = Sampling(options.temperature, options.top_p, options.top_k, 1.0, 0)
     return LocalResponder(
@@ -142,7 +149,8 @@ def table(folder: Path, names: Sequence[str], aspects: Sequence[Aspect], judged:
     for name in names:
         report = read_json(folder / f"{name}.judge.json")
         means = [f"{report['scores'][a.name]['mean']:.2f}" if a.name in report["scores"] else "–" for a in aspects]
-        failures = ", ".join(f"{reason} {count}" for reason, count in report["failures"].items() if count) or "none"
+        failed = report["failures"] | report.get("mended", {})
+        failures = ", ".join(f"{reason} {count}" for reason, count in failed.items() if count) or "none"
         rows[name] = [*means, str(report["answered"]), failures]
     if human:
         rows["Pearson r"] = [_correlation(aspect.name, judged, human) for aspect in aspects] + ["", ""]
@@ -173,6 +181,8 @@ def main() -> int:
         judged |= judge_model(responder, folder, name, turns, aspects, options.joint)
     text = table(folder, names, aspects, judged, human)
     write_text(folder / "judge.md", text + "\n")
+    if isinstance(responder, Endpoint):
+        print("", *responder.remarks(), sep="\n", file=sys.stderr)
     if not any(judged.values()):
         print(f"\n{text}\n\nerror: no reply could be judged by {responder.name}", file=sys.stderr)
         return 1

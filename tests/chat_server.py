@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import Counter
@@ -39,7 +40,8 @@ class Server:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with server.lock:
-                    server.requests.append(body | {"authorization": self.headers.get("Authorization")})
+                    sent = {"authorization": self.headers.get("Authorization"), "path": self.path}
+                    server.requests.append(body | sent)
                     number = server.met[json.dumps(body["messages"])]
                     server.met[json.dumps(body["messages"])] += 1
                     server.running += 1
@@ -55,26 +57,38 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.http.daemon_threads = True
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.http.selfevo = self  # type: ignore[attr-defined]
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.http.server_address[1]}/v1"
+
+    @property
+    def paths(self) -> list[str]:
+        """Where requests went."""
+        return [request["path"] for request in self.requests]
 
     def endpoint(self, cache: Path, **changes: Any) -> Endpoint:
         settings = {"url": self.url, "model": "judge-1", "timeout": 0.5, **changes}
         return Endpoint(EndpointSettings(**settings), cache)
 
 
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    for name in ("SELFEVO_API_KEY", "OPENAI_API_KEY"):
-        monkeypatch.delenv(name, raising=False)
+@contextlib.contextmanager
+def made_server() -> Iterator[Server]:
     made = Server()
     yield made
     made.release.set()
     made.http.shutdown()
     made.http.server_close()
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    for name in ("SELFEVO_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with made_server() as made:
+        yield made
 
 
 Behaviour = Callable[[Any], None]

@@ -32,6 +32,7 @@ from selfevo.decoupled.planner import (
 )
 from selfevo.dialogue import Message
 from selfevo.evaluation.ask_json import Responder
+from selfevo.evaluation.endpoint import Address, EndpointSettings, read_parameters
 from selfevo.evaluation.folder import DECOUPLED_STAGES, write_examples
 from selfevo.evaluation.tables import mean_table
 from selfevo.evolve.run import RunConfig, check_run, is_finished, load_backbone, open_run
@@ -60,11 +61,22 @@ class DecoupledConfig(RunConfig):
     ] = PlanSettings.planning
     judge: Annotated[str, "model that looks for errors and judges replies: an endpoint's, or a local backbone"] = ""
     judge_url: Annotated[str, "OpenAI-compatible endpoint of the judge; without it the judge is a local backbone"] = ""
+    judge_parameters: Annotated[
+        tuple[str, ...],
+        "send the endpoint this parameter too, or in place of ours (temperature, top_p, top_k, max_tokens); NAME=omit "
+        "leaves one out that a model refuses; may be given several times",
+    ] = ()
 
     def __post_init__(self) -> None:
         self.plans("test")  # raises ValueError for an unknown planning
         if self.judge_url and not self.judge:
             raise ValueError("judge_url needs judge: the name of the endpoint's model")
+        if self.judge_parameters and not self.judge_url:
+            raise ValueError("parameters of the judge are for an endpoint: give its URL, or leave them out")
+        if self.judge_url:
+            EndpointSettings(self.judge_url, self.judge, parameters=read_parameters(self.judge_parameters))
+            if Address.of(self.judge_url).url != self.judge_url:
+                raise ValueError("judge_url is kept in config.json: it may have no login and no query in it")
         super().__post_init__()
 
     @property

@@ -7,6 +7,7 @@ gives a file of the same form (``load_aspects``).
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from selfevo.files import FileError, StrPath, read_json
 LOWEST, HIGHEST = 1, 5
 OWN_SETS = ("paper", "personalisation", "decoupled")
 _OWN = Path(__file__).parent / "aspects"
+_WRITTEN = re.compile(rf"\s*([+-]?\d{{1,9}}(?:\.\d{{1,9}})?)\s*(?:(?:/|out of)\s*{HIGHEST}(?:\.0)?)?\s*", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def judge_replies(
         name = label if joint else f"{label}: {group[0].name}"
 
         def read(value: Mapping[str, Any], group: Sequence[Aspect] = group) -> Judgement:
-            return read_judgement(value, group)
+            return read_judgement(value, group, counts)
 
         for whole, part in zip(judged, ask_json(responder, conversations, read, counts, label=name)):
             if part is not None:
@@ -95,29 +97,43 @@ def _criteria(aspect: Aspect) -> str:
     return "\n".join([f"{aspect.name}. {aspect.question}".strip(), *levels, *(f"Limit: {cap}" for cap in aspect.caps)])
 
 
-def read_judgement(value: Mapping[str, Any], aspects: Sequence[Aspect]) -> Judgement:
+def read_judgement(
+    value: Mapping[str, Any], aspects: Sequence[Aspect], counts: Counter[str] | None = None
+) -> Judgement:
     """Whole scores from 1 to 5 for every aspect and no other; anything else raises UnusableAnswerError.
 
     For one aspect the object is ``{"explanation", "score"}``, for several one of these under each aspect's name, or the
-    bare score. Keys may be capitalised, and ``reason`` stands for ``explanation``.
+    bare score. Keys may be capitalised, and ``reason`` stands for ``explanation``. A score may be written as 4.0, "4"
+    or "4/5", which ``counts`` counts as ``mended_score``.
     """
     entries = {aspects[0].name: value} if len(aspects) == 1 and aspects[0].name not in value else dict(value)
-    scores, reasons = {}, {}
+    scores, reasons, mended = {}, {}, 0
     for aspect in aspects:
         entry = entries.pop(aspect.name, None)
         fields = {key.lower(): part for key, part in entry.items()} if isinstance(entry, Mapping) else {"score": entry}
-        score = fields.get("score")
-        if score is None:
-            raise UnusableAnswerError("score_missing")
-        if not isinstance(score, int) or isinstance(score, bool):
-            raise UnusableAnswerError("score_not_a_whole_number")
-        if not LOWEST <= score <= HIGHEST:
-            raise UnusableAnswerError("score_out_of_range")
-        scores[aspect.name] = score
+        if isinstance(entry, Mapping) and len(fields) < len(entry):
+            raise UnusableAnswerError("ambiguous")
+        given = fields.get("score")
+        scores[aspect.name] = _score(given)
+        mended += not isinstance(given, int)
         reasons[aspect.name] = str(fields.get("explanation", fields.get("reason", "")))
     if entries:
         raise UnusableAnswerError("unknown_aspect")
+    if mended and counts is not None:
+        counts["mended_score"] += mended
     return Judgement(scores, reasons)
+
+
+def _score(given: Any) -> int:
+    if given is None:
+        raise UnusableAnswerError("score_missing")
+    if isinstance(given, str) and (written := _WRITTEN.fullmatch(given)):
+        given = float(written[1])
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or given != given // 1:
+        raise UnusableAnswerError("score_not_a_whole_number")
+    if not LOWEST <= given <= HIGHEST:
+        raise UnusableAnswerError("score_out_of_range")
+    return int(given)
 
 
 def load_aspects(source: StrPath) -> tuple[Aspect, ...]:
@@ -153,12 +169,19 @@ def _aspect(entry: Any, where: str) -> Aspect:
 
 
 def summarise(judgements: Sequence[Judgement], dialogues: Sequence[str], counts: Mapping[str, int]) -> dict[str, Any]:
-    """Means over the judged replies with bootstrap intervals (dialogues drawn whole), and what failed."""
+    """Means over the judged replies with bootstrap intervals (dialogues drawn whole), what failed and what was
+    mended."""
     scores: dict[str, Any] = {}
     for name in dict.fromkeys(name for judgement in judgements for name in judgement.scores):
         rows = [(float(j.scores[name]), dialogue) for j, dialogue in zip(judgements, dialogues) if name in j.scores]
         values = [value for value, _ in rows]
         low, high = bootstrap_interval(values, [dialogue for _, dialogue in rows])
         scores[name] = {"mean": fmean(values), "interval": [low, high], "replies": len(values)}
-    failures = {reason: count for reason, count in sorted(counts.items()) if reason != "answered"}
-    return {"answered": sum(bool(j.scores) for j in judgements), "failures": failures, "scores": scores}
+    mended = {reason: count for reason, count in sorted(counts.items()) if reason.startswith("mended")}
+    failures = {reason: count for reason, count in sorted(counts.items()) if reason not in {"answered", *mended}}
+    return {
+        "answered": sum(bool(j.scores) for j in judgements),
+        "failures": failures,
+        "mended": mended,
+        "scores": scores,
+    }

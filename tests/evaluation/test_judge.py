@@ -71,11 +71,10 @@ TRANSIENT = {
 }
 BROKEN = {
     "html": (raw(b"<html>busy</html>"), "not_json"),
-    "html-typed": (raw(b"<html>busy</html>", 200, {"Content-Type": "text/html"}), "malformed"),
+    "html-typed": (raw(b"<html>busy</html>", 200, {"Content-Type": "text/html"}), "not_json"),
     "no-choices": (raw(b'{"choices": []}'), "malformed"),
-    "error": (raw(b'{"error": "no"}'), "malformed"),
     "list": (raw(b"[]"), "malformed"),
-    "none": (says(None), "malformed"),
+    "none": (says(None), "empty"),
 }
 
 
@@ -137,20 +136,20 @@ def test_a_request_that_is_itself_wrong_is_not_repeated(server: Server, tmp_path
 @pytest.mark.parametrize("status", [401, 403, 404])
 def test_a_refused_key_model_or_address_ends_it_at_once(server: Server, tmp_path: Path, status: int) -> None:
     server.script = [raw(b"no", status)]
-    with pytest.raises(EndpointError, match=rf"judge-1 \(HTTP {status}\): check the URL"):
+    with pytest.raises(EndpointError, match=rf'judge-1 \(HTTP {status}: "no"\): check the URL'):
         server.endpoint(tmp_path / "c.jsonl", concurrency=1).answer([[{"role": "user", "content": c}] for c in "abc"])
     assert len(server.requests) <= 2
 
 
 def test_a_server_that_is_not_there_is_given_up(tmp_path: Path, quick: list[float]) -> None:
     settings = EndpointSettings("http://127.0.0.1:9/v1", "m", concurrency=2, tries=2, timeout=0.5)
-    with pytest.raises(EndpointError, match=r"no answer to the first 4 requests.*is the server running"):
+    with pytest.raises(EndpointError, match=r"4 requests in a row without an answer.*is the server running"):
         Endpoint(settings, tmp_path / "c.jsonl").answer([[{"role": "user", "content": str(i)}] for i in range(50)])
 
 
 def test_a_few_requests_are_enough_where_nobody_listens(tmp_path: Path, quick: list[float]) -> None:
     endpoint = Endpoint(EndpointSettings("http://127.0.0.1:9/v1", "m", timeout=0.5), tmp_path / "c.jsonl")
-    with pytest.raises(EndpointError, match=r"no answer to the first 1 requests.*'connection'"):
+    with pytest.raises(EndpointError, match=r"1 requests in a row without an answer, the last with 'connection'"):
         endpoint.answer([QUESTION])
     assert len(quick) == 5
 
@@ -221,7 +220,10 @@ def test_every_way_of_answering_wrongly_is_counted_and_asked_again(server: Serve
     endpoint = server.endpoint(tmp_path / "c.jsonl")
     (judged,) = judge_replies(endpoint, [(example("a"), "reply")], counts, aspects=ASPECTS, joint=True)
     assert judged.scores == {aspect.name: 4 for aspect in ASPECTS}
-    assert counts == {"not_json": 1, "score_out_of_range": 1, "answered": 1, "given_up": 0}
+    assert counts == {"not_json": 1, "score_out_of_range": 1, "answered": 1, "given_up": 0, "mended_fence": 1}
+    summary = summarise([judged], ["d"], counts)
+    assert summary["failures"] == {"given_up": 0, "not_json": 1, "score_out_of_range": 1}
+    assert summary["mended"] == {"mended_fence": 1}
 
 
 def test_what_cannot_be_judged_is_given_up_and_told(server: Server, tmp_path: Path) -> None:
@@ -236,10 +238,10 @@ def test_what_cannot_be_judged_is_given_up_and_told(server: Server, tmp_path: Pa
     endpoint = server.endpoint(tmp_path / "c.jsonl", concurrency=1)
     judged = judge_replies(endpoint, answers, counts, aspects=ASPECTS, joint=True)
     assert [bool(j.scores) for j in judged] == [True, False, False]
-    assert counts == {"cut_at_limit": 3, "http_400": 3, "answered": 1, "given_up": 2}
+    assert counts == {"cut_at_limit": 3, "http_400": 1, "answered": 1, "given_up": 2}
     summary = summarise(judged, [e.dialogue for e, _ in answers], counts)
     assert summary["answered"] == 1
-    assert summary["failures"] == {"cut_at_limit": 3, "given_up": 2, "http_400": 3}
+    assert summary["failures"] == {"cut_at_limit": 3, "given_up": 2, "http_400": 1}
     assert summary["scores"]["Empathy"] == {"mean": 3.0, "interval": [3.0, 3.0], "replies": 1}
 
 
@@ -247,13 +249,27 @@ def test_what_cannot_be_judged_is_given_up_and_told(server: Server, tmp_path: Pa
     ("text", "reason"),
     [
         ("", "not_json"),
-        ("Scores: " + GOOD, "not_json"),
-        (GOOD + GOOD, "not_json"),
+        ("I would say 4.", "not_json"),
+        (GOOD[:-1], "not_json"),
+        ("{" + GOOD[:-1], "not_json"),
+        (GOOD + GOOD.replace('"score": 3', '"score": 4', 1), "ambiguous"),
+        (GOOD.replace('"score": 3', '"score": 3, "score": 4', 1), "ambiguous"),
+        (GOOD.replace('"score": 3', '"score": 3, "Score": 4', 1), "ambiguous"),
+        ("<think>" + GOOD, "not_json"),
+        (f"<think>{GOOD}</think><think>{GOOD}", "not_json"),
+        ('{"draft": ' + GOOD + ", oops}", "not_json"),
         ("[1]", "not_an_object"),
         (GOOD.replace('"score": 3', '"score": 0', 1), "score_out_of_range"),
         (GOOD.replace('"score": 3', '"score": 6', 1), "score_out_of_range"),
         (GOOD.replace('"score": 3', '"score": 3.5', 1), "score_not_a_whole_number"),
-        (GOOD.replace('"score": 3', '"score": "3"', 1), "score_not_a_whole_number"),
+        (GOOD.replace('"score": 3', '"score": 45', 1), "score_out_of_range"),
+        (GOOD.replace('"score": 3', '"score": 1e999', 1), "score_not_a_whole_number"),
+        (GOOD.replace('"score": 3', '"score": NaN', 1), "score_not_a_whole_number"),
+        (GOOD.replace('"score": 3', '"score": "4.5/5"', 1), "score_not_a_whole_number"),
+        (GOOD.replace('"score": 3', '"score": "3/10"', 1), "score_not_a_whole_number"),
+        (GOOD.replace('"score": 3', '"score": "3-4"', 1), "score_not_a_whole_number"),
+        (GOOD.replace('"score": 3', '"score": "45"', 1), "score_out_of_range"),
+        (GOOD.replace('"score": 3', '"score": ' + "3" * 5000, 1), "not_json"),
         (GOOD.replace('"score": 3', '"score": true', 1), "score_not_a_whole_number"),
         (GOOD.replace('"Empathy"', '"Empathie"'), "score_missing"),
         (GOOD[:-1] + ', "Humour": {"score": 3}}', "unknown_aspect"),
@@ -262,6 +278,36 @@ def test_what_cannot_be_judged_is_given_up_and_told(server: Server, tmp_path: Pa
 def test_judgements_are_read_strictly(text: str, reason: str) -> None:
     with pytest.raises(UnusableAnswerError, match=f"^{reason}$"):
         read_judgement(json_object(text), ASPECTS)
+
+
+@pytest.mark.parametrize(
+    ("text", "mended"),
+    [
+        (GOOD, {}),
+        (f"<think>Maybe {GOOD.replace('3', '1')}?</think>\n{GOOD}", {"mended_thoughts": 1}),
+        (f"so I would give 2.</think>{GOOD}", {"mended_thoughts": 1}),
+        (f"[THINK]hm[/THINK] {GOOD}", {"mended_thoughts": 1}),
+        (f"```json\n{GOOD}\n```", {"mended_fence": 1}),
+        (f"``` {GOOD}```", {"mended_fence": 1}),
+        (f"Scores for {{this}} reply: {GOOD} I hope it helps.", {"mended_prose": 1}),
+        (f"Scores:\n```json\n{GOOD}\n```\nAgain:\n```json\n{GOOD}\n```", {"mended_prose": 1}),
+        (f"<think>?</think>```json\n{GOOD}\n```", {"mended_thoughts": 1, "mended_fence": 1}),
+        (GOOD.replace('"score": 3', '"score": 3.0', 1), {"mended_score": 1}),
+        (GOOD.replace('"score": 3', '"score": "3"'), {"mended_score": 7}),
+        (GOOD.replace('"score": 3', '"score": " 3 / 5"', 1), {"mended_score": 1}),
+        (GOOD.replace('"score": 3', '"score": "3.0/5"', 1), {"mended_score": 1}),
+        (GOOD.replace('"score": 3', '"score": "3 out of 5"', 1), {"mended_score": 1}),
+    ],
+)
+def test_what_is_mended_in_a_judgement_is_counted(
+    server: Server, tmp_path: Path, text: str, mended: dict[str, int]
+) -> None:
+    server.script = [says(text)]
+    counts: Counter[str] = Counter()
+    endpoint = server.endpoint(tmp_path / "c.jsonl")
+    (judged,) = judge_replies(endpoint, [(example("a"), "reply")], counts, aspects=ASPECTS, joint=True)
+    assert judged.scores == {aspect.name: 3 for aspect in ASPECTS}
+    assert counts == {"answered": 1, "given_up": 0, **mended}
 
 
 def test_each_aspect_is_a_request_of_its_own(server: Server, tmp_path: Path) -> None:
