@@ -39,6 +39,7 @@ from selfevo.evaluation.local_responder import LocalResponder
 from selfevo.evaluation.report import write_report
 from selfevo.evaluation.tables import mean_table
 from selfevo.evolve import load_backbone
+from selfevo.evolve.reflection import GUIDED
 from selfevo.evolve.run import check_run
 from selfevo.evolve.settings import compose, leaves
 from selfevo.files import read_json, write_text
@@ -106,7 +107,8 @@ def make_judge(config: DecoupledConfig, judge_url: str) -> Responder | None:
         model, tokenizer = load_backbone(replace(config.backbone, source=config.judge, revision="", chat_format=""))
         seed = derive_seed(config.seed, "judge")
         sampling = Sampling(temperature=0.8, top_p=0.95, top_k=0, repetition_penalty=1.0, seed=seed)
-        return LocalResponder(model, tokenizer, config.judge, folder, sampling=sampling)
+        guided = config.judge_answers == GUIDED
+        return LocalResponder(model, tokenizer, config.judge, folder, sampling=sampling, guided=guided)
     return None
 
 

@@ -35,6 +35,7 @@ from selfevo.evaluation.judge import Aspect, Judgement, judge_replies, load_aspe
 from selfevo.evaluation.local_responder import LocalResponder
 from selfevo.evaluation.tables import markdown_table
 from selfevo.evolve import BackboneSettings, load_backbone
+from selfevo.evolve.reflection import FREE, GUIDED, WAYS
 from selfevo.files import FileError, read_json, read_records, write_json, write_jsonl, write_text
 from selfevo.generate import Sampling
 
@@ -69,6 +70,11 @@ def parse() -> argparse.Namespace:
         help="send the endpoint this parameter too, or in place of ours (temperature, top_p, top_k, max_tokens); "
         "NAME=omit leaves one out that a model refuses; may be given several times",
     )  # fmt: skip
+    parser.add_argument(
+        "--judge-answers", choices=WAYS, default=FREE,
+        help="how a local judge's answers come to be JSON: free, as it writes it, where what is none is requested "
+        "again (the default), or guided, the decoder writing keys and punctuation, where every answer is a judgement",
+    )  # fmt: skip
     parser.add_argument("--concurrency", type=int, default=8, help="requests at a time (default: 8)")
     parser.add_argument("--timeout", type=float, default=120, help="seconds to wait for an answer (default: 120)")
     return parser.parse_args()
@@ -77,6 +83,8 @@ def parse() -> argparse.Namespace:
 def make_responder(options: argparse.Namespace, folder: Path) -> Responder:
     cache = folder / "judge-cache"
     if options.judge_url:
+        if options.judge_answers == GUIDED:
+            raise ValueError("--judge-answers guided is for a local judge: leave out --judge-url")
         settings = EndpointSettings(
             options.judge_url, options.judge, options.temperature, options.top_p, options.top_k, options.max_tokens,
             options.concurrency, timeout=options.timeout, parameters=read_parameters(options.judge_parameter),
@@ -87,7 +95,8 @@ def make_responder(options: argparse.Namespace, folder: Path) -> Responder:
     model, tokenizer = load_backbone(BackboneSettings(options.judge))
     sampling = Sampling(options.temperature, options.top_p, options.top_k, 1.0, 0)
     return LocalResponder(
-        model, tokenizer, options.judge, cache, sampling=sampling, max_new_tokens=options.max_tokens
+        model, tokenizer, options.judge, cache, sampling=sampling, max_new_tokens=options.max_tokens,
+        guided=options.judge_answers == GUIDED,
     )  # fmt: skip
 
 

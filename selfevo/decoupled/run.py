@@ -35,6 +35,7 @@ from selfevo.evaluation.ask_json import Responder
 from selfevo.evaluation.endpoint import Address, EndpointSettings, read_parameters
 from selfevo.evaluation.folder import DECOUPLED_STAGES, write_examples
 from selfevo.evaluation.tables import mean_table
+from selfevo.evolve.reflection import FREE, GUIDED, WAYS
 from selfevo.evolve.run import RunConfig, check_run, is_finished, load_backbone, open_run
 from selfevo.files import read_jsonl, write_json, write_jsonl, write_text
 from selfevo.generate.replies import Reply, ReplySettings, sample_replies
@@ -66,6 +67,12 @@ class DecoupledConfig(RunConfig):
         "send the endpoint this parameter too, or in place of ours (temperature, top_p, top_k, max_tokens); NAME=omit "
         "leaves one out that a model refuses; may be given several times",
     ] = ()
+    judge_answers: Annotated[
+        str,
+        "how a local judge's answers come to be JSON: free, as it writes it, where what is none is requested again, or "
+        "guided, the decoder writing keys and punctuation",
+        WAYS,
+    ] = FREE
 
     def __post_init__(self) -> None:
         self.plans("test")  # raises ValueError for an unknown planning
@@ -73,6 +80,8 @@ class DecoupledConfig(RunConfig):
             raise ValueError("judge_url needs judge: the name of the endpoint's model")
         if self.judge_parameters and not self.judge_url:
             raise ValueError("parameters of the judge are for an endpoint: give its URL, or leave them out")
+        if self.judge_answers not in WAYS or (self.judge_answers == GUIDED and (self.judge_url or not self.judge)):
+            raise ValueError("judge_answers is free, or guided for a local judge: one without a URL")
         if self.judge_url:
             EndpointSettings(self.judge_url, self.judge, parameters=read_parameters(self.judge_parameters))
             if Address.of(self.judge_url).url != self.judge_url:

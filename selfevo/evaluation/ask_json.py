@@ -139,7 +139,13 @@ def json_object(text: str, mended: Counter[str] | None = None) -> dict[str, Any]
 
 
 def answer_start(text: str) -> int:
-    """Where an answer begins, behind what a model thought first: the length of the text where the thought is open."""
+    """Where an answer begins, behind what a model thought first: the length of the text where the thought is open.
+
+    The beginning of a thought may be missing, as some chat templates write it into the prompt; a text that begins with
+    an object has none.
+    """
+    if text.lstrip().startswith("{"):
+        return 0
     closed = [match.end() for match in _THOUGHT_END.finditer(text)]
     start = closed[-1] if closed else 0
     return len(text) if _THOUGHT.match(text, start) else start

@@ -14,8 +14,8 @@ from selfevo.dialogue import Example, to_messages
 from selfevo.evaluation.folder import write_examples
 from selfevo.evaluation.score import score_answers
 from selfevo.evolve.json_repair import json_object_end, salvage_json
-from selfevo.evolve.refine import RefineSettings, reflect
-from selfevo.evolve.reflection import FREE, GUIDED, TEXT, answer_form
+from selfevo.evolve.refine import RefineSettings, check_form, reflect
+from selfevo.evolve.reflection import FREE, GUIDED, TEXT, answer_form, written_text
 from selfevo.evolve.settings import flatten
 from selfevo.files import FileError, read_json, write_json, write_jsonl
 from selfevo.generate.replies import Reply, sample_replies
@@ -46,6 +46,8 @@ def evaluate_model(
     """
     if is_answered(folder, name, settings, source, refining):
         return {key: score["value"] for key, score in read_json(folder / f"{name}.json")["scores"].items()}
+    if refining:
+        check_form(model, tokenizer, settings)
     write_examples(folder, examples)
     write_json(folder / f"{name}.request.json", _request(settings, source, refining))
     prompts = [reply_prompt(to_messages(example.context), settings.prompts.system) for example in examples]
@@ -99,8 +101,8 @@ def _text_of(reply: Reply, counts: Counter[str]) -> Reply:
     if reply.text is None:
         return reply
     found = salvage_json(reply.text, TEXT)
-    text = None if found is None else found.value.get(TEXT)
-    if isinstance(text, str) and text.strip():
-        return replace(reply, text=text.strip())
+    text = None if found is None else written_text(found.value.get(TEXT))
+    if text is not None:
+        return replace(reply, text=text)
     counts["unusable_json"] += 1
     return reply

@@ -20,7 +20,7 @@ from selfevo.evaluation.score import missing_scores
 from selfevo.evaluation.tables import comparison_table
 from selfevo.evolve.controls import CONTROLS, controlled
 from selfevo.evolve.evaluate import evaluate_model
-from selfevo.evolve.refine import RefineSettings, make_pairs
+from selfevo.evolve.refine import RefineSettings, check_form, make_pairs
 from selfevo.evolve.run import RunConfig, check_run, is_finished, load_backbone, open_run
 from selfevo.files import write_json, write_text
 from selfevo.lora import remove_adapters
@@ -91,6 +91,7 @@ def evolve(config: EvolveConfig, *, resume: bool = False) -> Path:
         return Path(config.out)
     corpus = read_corpus(config)
     model, tokenizer = load_backbone(config.backbone)
+    check_form(model, tokenizer, config.replies)
     run = open_run(config)
     write_json(run / "data.json", corpus.report())
     context = RunContext(config, model, tokenizer, corpus, run)

@@ -31,7 +31,7 @@ from selfevo.evolve.reflection import (
     whole_sentences,
 )
 from selfevo.files import write_json, write_jsonl
-from selfevo.generate.replies import Reply, ReplySettings, sample_replies
+from selfevo.generate.replies import Reply, ReplySettings, reply_limit, sample_replies
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
 
@@ -67,6 +67,14 @@ class RefineSettings(ReplySettings):
     def prompts(self) -> Prompts:
         """The texts of the style."""
         return prompts_of(self.style, self.prompts_file)
+
+
+def check_form(model: Transformer, tokenizer: ChatTokenizer, settings: RefineSettings) -> None:
+    """Raises ValueError where reflections are to be in a form that does not fit into their tokens: before anything is
+    trained or sampled."""
+    if settings.reflection == GUIDED and settings.chosen == "refined":
+        form = answer_form(model, tokenizer, settings.prompts.refine)
+        form(reply_limit(model, settings.reflection_tokens))
 
 
 def make_pairs(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from selfevo.dialogue import Messages
-from selfevo.evolve.json_repair import salvage_json
+from selfevo.evolve.json_repair import is_placeholder, json_objects, plain_key, salvage_json, unescape
 from selfevo.generate.form import Form
 from selfevo.generate.json_form import json_form, template_in
 from selfevo.models.tokenizer import ChatTokenizer
@@ -24,6 +24,8 @@ _TEMPLATES: Mapping[str, Mapping[str, Any]] = {
     TEXT: {"strategy": "", TEXT: ""},
 }
 _SHARES = {"feedback": 2, REFINED: 3, TEXT: 5}  # of a form's tokens, where each other key has 1
+# Around a text, the longer ones first.
+_DELIMITERS = (('"""', '"""'), ("'''", "'''"), ("```", "```"), ("`", "`"), ('"', '"'), ("“", "”"), ("「", "」"))
 _SENTENCES = re.compile(r".*[.!?…][\"'”’)]*(?=\s|\Z)", re.DOTALL)
 
 
@@ -46,20 +48,44 @@ def reflection_prompt(prompt: Messages, reply: str, request: str) -> list[dict[s
 def read_reflection(value: Mapping[str, Any]) -> Reflection | None:
     """The reflection in a parsed JSON object, or None where it has no refined response to use.
 
-    Keys are the paper's (``user_profile``, ``evaluation_score``, ...) or those of version 0.1 (``profile``, ``score``).
+    Keys are the paper's (``user_profile``, ``evaluation_score``, ...) or those of version 0.1 (``profile``, ``score``),
+    in any case and punctuation.
     """
-    refined = value.get(REFINED)
-    if not isinstance(refined, str) or not refined.strip():
+    fields = _plain(value)
+    refined = written_text(fields.get(plain_key(REFINED)))
+    if refined is None:
         return None
-    understanding = value.get("understanding")
-    if not isinstance(understanding, Mapping):
-        understanding = {}
+    understood = _plain(fields.get("understanding"))
+    understood = {key: part for key, part in fields.items() if not isinstance(part, Mapping)} | understood
     return Reflection(
-        understanding={a: _as_text(understanding.get(f"user_{a}", understanding.get(a, ""))) for a in ASPECTS},
-        score=_as_score(value.get("evaluation_score", value.get("score"))),
-        feedback=_as_text(value.get("feedback", "")),
-        refined=refined.strip(),
+        understanding={a: _as_text(understood.get(f"user{a}", understood.get(a, ""))) for a in ASPECTS},
+        score=_as_score(fields.get("evaluationscore", fields.get("score"))),
+        feedback=_as_text(fields.get("feedback", "")),
+        refined=refined,
     )
+
+
+def written_text(value: Any) -> str | None:
+    """A reply as it is meant, or None where there is none: no text, a blank one, a placeholder ("...", "<response>").
+
+    A second layer of escapes, or Markdown's, is taken off, and so are quotes, three quotes and backticks around the
+    whole, or one left at an end.
+    """
+    if not isinstance(value, str):
+        return None
+    text = unescape(value).strip()
+    for opening, closing in _DELIMITERS:
+        inner = text[len(opening) : len(text) - len(closing)]
+        around = text.startswith(opening) and text.endswith(closing) and len(text) > len(opening + closing)
+        if around and opening not in inner and closing not in inner:
+            text = inner.strip()
+        elif opening == closing and text.count(opening) == 1:
+            text = text.removeprefix(opening).removesuffix(closing).strip()
+    return None if is_placeholder(text) else text
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return {plain_key(key): part for key, part in value.items()} if isinstance(value, Mapping) else {}
 
 
 def _as_text(value: Any) -> str:
@@ -82,10 +108,18 @@ def _as_score(value: Any) -> int | None:
 
 
 def parse_reflection(text: str) -> Reflection | None:
-    """The reflection in a model's answer, mended where it can be; None where there is no whole refined reply."""
+    """The reflection in a model's answer, mended where it can be; None where there is no whole refined reply.
+
+    The steps may be objects of their own: what the one with the refined reply lacks is taken from the others.
+    """
     salvaged = salvage_json(text, REFINED)
-    reflection = None if salvaged is None else read_reflection(salvaged.value)
-    if reflection is None or salvaged is None:
+    if salvaged is None:
+        return None
+    steps: dict[str, Any] = {}
+    for step in json_objects(text):
+        steps |= {} if plain_key(REFINED) in _plain(step) else _plain(step)
+    reflection = read_reflection(steps | _plain(salvaged.value))
+    if reflection is None:
         return None
     # The end of an object that was cut off may be missing from the reply.
     return reflection if salvaged.complete or reflection.refined[-1] in ".!?…\"'”)" else None

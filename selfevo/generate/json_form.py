@@ -15,6 +15,7 @@ from selfevo.generate.form import Form, Rules, Slot, Step
 from selfevo.models.tokenizer import ChatTokenizer
 
 DIGITS = "12345"  # what may be written where a template has a number: a score
+BOOLEANS = ("true", "false")
 _EMPTY, _TEXT, _ESCAPE = range(3)  # a string: nothing visible yet, some text, behind a backslash
 _CONTENT = re.compile(r'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])*')  # of a string; \u is left out: half a pair is no text
 _MOST_LEFT = 3  # ids that hold a quote behind a text of more than so many ids are left out: they are whole phrases
@@ -28,7 +29,8 @@ def json_form(
     tokens: int,
     weights: Mapping[str, int] | None = None,
 ) -> Form:
-    """A form for objects like ``template``: its strings are slots for strings, its numbers for a digit from 1 to 5.
+    """A form for objects like ``template``: its strings are slots for strings, its numbers for a digit from 1 to 5, its
+    true and false for one of these.
 
     A reply has at most ``tokens`` ids, of which the strings get equal shares, or shares by the ``weights`` of their
     keys (1 where none is given). A string has something visible in it. It ends at the quote in an id that holds one,
@@ -46,15 +48,16 @@ def json_form(
     fixed = [tuple(tokenizer.encode_reply(texts[0])[:-1])]
     fixed += [tuple(tokenizer.encode_run(text, first=False)) for text in texts[1:]]
     rules = _string_rules(tokenizer, vocab_size)
-    shares = [(weights or {}).get(blank.key, 1) if blank.is_string else 0 for blank in blanks]
-    least = sum(map(len, fixed)) + sum(rules.most_left if blank.is_string else 1 for blank in blanks)
+    shares = [0 if blank.words else (weights or {}).get(blank.key, 1) for blank in blanks]
+    longest = [max(map(len, blank.words), default=0) for blank in blanks]
+    least = sum(map(len, fixed)) + sum(most or rules.most_left for most in longest)
     if tokens < least:
         raise ValueError(f"{tokens} tokens are too few for {json.dumps(template)}: it takes at least {least}")
-    limits = [1 + (tokens - least) * share // max(1, sum(shares)) for share in shares]
+    limits = [most or 1 + (tokens - least) * share // max(1, sum(shares)) for most, share in zip(longest, shares)]
     return Form(
         tuple(fixed),
         tuple(
-            Slot(rules if blank.is_string else _digit_rules(tokenizer, vocab_size), limit)
+            Slot(_choice_rules(tokenizer, vocab_size, blank.words) if blank.words else rules, limit)
             for blank, limit in zip(blanks, limits)
         ),
     )
@@ -76,10 +79,10 @@ def template_in(request: str) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class _Blank:
-    """A slot of a template, by the key that it belongs to."""
+    """A slot of a template, by the key that it belongs to: for one of some words, or without any for a string."""
 
     key: str
-    is_string: bool
+    words: tuple[str, ...] = ()
 
 
 def _parts(value: Any, key: str) -> Iterator[str | _Blank]:
@@ -90,11 +93,11 @@ def _parts(value: Any, key: str) -> Iterator[str | _Blank]:
             yield from _parts(inner, name)
         yield "}" if value else "{}"
     elif isinstance(value, str):
-        yield from ('"', _Blank(key, is_string=True), '"')
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield _Blank(key, is_string=False)
+        yield from ('"', _Blank(key), '"')
+    elif isinstance(value, int):
+        yield _Blank(key, BOOLEANS if isinstance(value, bool) else tuple(DIGITS))
     else:
-        raise ValueError(f"a form has texts, whole numbers and objects, not {json.dumps(value)}")
+        raise ValueError(f"a form has texts, whole numbers, true, false and objects, not {json.dumps(value)}")
 
 
 @lru_cache(maxsize=2)
@@ -119,10 +122,24 @@ def _string_rules(tokenizer: ChatTokenizer, vocab_size: int) -> Rules:
     return Rules(tuple(map(torch.tensor, banned)), tuple(steps))
 
 
-@lru_cache(maxsize=2)
-def _digit_rules(tokenizer: ChatTokenizer, vocab_size: int) -> Rules:
-    allowed = {token: piece for token, piece in enumerate(tokenizer.pieces()) if piece and piece in DIGITS}
-    allowed = {token: piece for token, piece in allowed.items() if len(piece) == 1}
-    if len(set(allowed.values())) < len(DIGITS):
-        raise ValueError(f"the vocabulary lacks an id for each digit of {DIGITS}, of which a form has the model choose")
-    return Rules((torch.tensor([token for token in range(vocab_size) if token not in allowed]),), ({},))
+@lru_cache(maxsize=4)
+def _choice_rules(tokenizer: ChatTokenizer, vocab_size: int, words: tuple[str, ...]) -> Rules:
+    """One of some words, of which none begins another one: a state for each beginning of them."""
+    pieces = {
+        token: piece for token, piece in enumerate(tokenizer.pieces()) if piece and any(piece in w for w in words)
+    }
+    lacking = set("".join(words)) - set(pieces.values())
+    if lacking:
+        raise ValueError(f"the vocabulary lacks an id for {', '.join(sorted(lacking))}, of which a form has to choose")
+    # State 1 stands for the end of a slot.
+    begun = ["", "", *sorted({word[:length] for word in words for length in range(1, len(word))})]
+    banned, steps = [], []
+    for written in begun:
+        texts = {token: written + piece for token, piece in pieces.items()}
+        found = {token: Step(None, (token,)) for token, text in texts.items() if text in words}
+        found |= {token: Step(begun.index(text, 2), (token,)) for token, text in texts.items() if text in begun[2:]}
+        allowed = torch.zeros(vocab_size, dtype=torch.bool)
+        allowed[list(found)] = True
+        banned.append(torch.nonzero(~allowed)[:, 0])
+        steps.append(found)
+    return Rules(tuple(banned), tuple(steps))

@@ -111,6 +111,11 @@ def sample_replies(
     return [_as_reply(record) for record in records]
 
 
+def reply_limit(model: Transformer, max_new_tokens: int) -> int:
+    """The longest reply that is sampled where so many tokens are wanted: a short window is mostly for the context."""
+    return min(max_new_tokens, model.config.max_positions // 4)
+
+
 def _sample(
     model: Transformer,
     tokenizer: ChatTokenizer,
@@ -120,7 +125,7 @@ def _sample(
 ) -> None:
     """Samples a reply to each prompt, whose index is the key of its draws, and gives it to ``keep``."""
     window, stop_when = model.config.max_positions, request.stop_when
-    max_new_tokens = min(request.max_new_tokens, window // 4)  # a short window is mostly for the context
+    max_new_tokens = reply_limit(model, request.max_new_tokens)
     form = None if request.form is None else request.form(max_new_tokens)
     fitted = {
         index: fit_prompt(tokenizer, prompt, window - max_new_tokens, keep_last=request.keep_last)

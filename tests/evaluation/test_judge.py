@@ -398,3 +398,25 @@ def test_a_local_backbone_answers_from_its_cache_the_second_time(
     monkeypatch.setattr("selfevo.generate.replies.generate", None)
     assert responder().answer([QUESTION]) == first
     assert first[0].text
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_a_guided_local_judge_always_gives_a_judgement(tmp_path: Path, joint: bool) -> None:
+    folder = Path(__file__).parents[2] / "examples" / "embedded" / "backbone"
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+
+    def judge(tokens: int) -> LocalResponder:
+        sampling = Sampling(0.8, 0.95, 50, 1.0, 0)
+        return LocalResponder(
+            model, tokenizer, "story", tmp_path, sampling=sampling, max_new_tokens=tokens, guided=True
+        )  # fmt: skip
+
+    aspects = [Aspect(name, "", {1: "no", 5: "yes"}) for name in ("Wit", "Ease")]
+    counts: Counter[str] = Counter()
+    judged = judge_replies(judge(100), [(example("a"), "b"), (example("c"), "d")], counts, aspects=aspects, joint=joint)
+    assert all(set(found.scores) == {"Wit", "Ease"} and all(found.reasons.values()) for found in judged)
+    assert counts == {"answered": 2 if joint else 4, "given_up": 0}
+    with pytest.raises(ValueError, match="8 tokens are too few"):
+        judge(8).answer([[{"role": "user", "content": 'Answer:\n{"explanation": "", "score": 0}'}]])
+    with pytest.raises(ValueError, match="needs requests that show one JSON object"):
+        judge(100).answer([QUESTION])

@@ -7,10 +7,12 @@ import time
 from typing import Any
 
 import pytest
+from faulty import rounds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from selfevo.evolve.json_repair import Salvaged, json_object_end, salvage_json
+from selfevo.evolve import json_repair
+from selfevo.evolve.json_repair import Salvaged, is_placeholder, json_object_end, json_objects, plain_key, salvage_json
 
 # Plain text rarely hits what matters, so half of the strings are made of JSON's own signs.
 TEXTS = st.text(max_size=12) | st.text("\"'“”‘’\\{}[],: \nabtrue1-`ü😀", max_size=12)
@@ -221,7 +223,7 @@ def test_nesting_is_followed_to_64_levels_and_no_further() -> None:
         ('{"note": {"wanted": "x", "b": 1}}', {"wanted": "x", "b": 1}),
         ('{"note": [1, {"b": {"wanted": "x"}}], "c": 2}', {"wanted": "x"}),
         ('{sad} {} {"note": 1} {"other": 2}', {"note": 1}),
-        ("{'note': 'he said: {'} {'wanted': null}", {"wanted": None}),
+        ("{'note': 'he said: {'} {'wanted': 3}", {"wanted": 3}),
     ],
 )
 def test_every_object_is_searched_for_the_wanted_key(text: str, expected: dict[str, Any]) -> None:
@@ -235,6 +237,214 @@ def test_a_generation_goes_on_until_the_wanted_key_is_there() -> None:
     closing = written.index('"x"}') + 4
     assert ends == [None] * closing + [closing] * (len(written) + 1 - closing)
     assert salvage_json(written[: closing - 2], "wanted") == Salvaged({"wanted": "x"}, False)
+
+
+X = {"wanted": "x"}
+# Each with the object that is meant; generation stops at the end of the text, and not before.
+AMONG_OTHERS = {
+    "a draft in a thought": ('<think>Maybe {"wanted": "draft"}?</think>\n{"wanted": "x"}', X),
+    "two thoughts": ('<think>a</think> <thinking>{"wanted": "b"}</thinking>{"wanted": "x"}', X),
+    "Mistral's thought": ('[THINK]{"wanted": "b"}[/THINK]{"wanted": "x"}', X),
+    "a blank form": ('The form is {"wanted": ""}. Filled in: {"wanted": "x"}', X),
+    "a form with dots": ('{"wanted": "..."} becomes {"wanted": "x"}', X),
+    "a form with a placeholder": ('{"wanted": "<your response>"}\n{"wanted": "x"}', X),
+    "a form with null": ('{"wanted": null} {"wanted": []} {"wanted": "x"}', X),
+    "an object a step": ('{"step": 1, "a": {"b": "c"}}\n{"step": 2}\n{"wanted": "x"}', X),
+    "numbered steps": ('1. {"a": 1}\n2. ```json\n{"b": 2}\n```\n3. {"wanted": "x"}', X),
+    "wrapped": ('{"reflection": {"wanted": "x"}}', X),
+    "wrapped twice": ('{"answer": [{"note": 1}, {"inner": {"wanted": "x"}}]}', X),
+    "a blank one inside": ('{"wanted": "", "final": {"wanted": "x"}}', X),
+    "as a string": (json.dumps({"answer": json.dumps(X)}), X),
+    "as a string of strings": (json.dumps({"answer": json.dumps({"inner": json.dumps(X)})}), X),
+    "a layer of escapes": (r'{\"wanted\": \"x\"}', X),
+    "a layer of escapes, laid out": (r'{\n  \"wanted\": \"A \\\"no\\\".\\nYes\"\n}', {"wanted": 'A "no".\nYes'}),
+    "two layers of escapes": (r'{\\\"wanted\\\": \\\"x\\\"}', X),
+    "begun anew": ('{"wanted": "I hear\n{"wanted": "x"}', X),
+    "begun anew in a fence": ('{"a": "b", "wanted": "I hear\n```json\n{"wanted": "x"}', X),
+    "begun anew between members": ('{"a": 1,\n{"wanted": "x"}', X),
+    "two braces": ('{{"wanted": "x"}', X),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AMONG_OTHERS)
+def test_the_object_that_is_meant_is_found_among_others_and_ends_the_generation(name: str) -> None:
+    text, expected = AMONG_OTHERS[name]
+    assert salvage_json(text + " And {more: 1}", "wanted") == Salvaged(expected, True)
+    ends = [json_object_end((text + " more")[:length], "wanted") for length in range(len(text) + 6)]
+    assert ends == [None] * len(text) + [len(text)] * 6
+
+
+def test_an_open_thought_holds_no_answer() -> None:
+    assert salvage_json('<think>Maybe {"wanted": "draft"}', "wanted") is None
+    assert json_object_end(' <think>Maybe {"wanted": "draft"} or', "wanted") is None
+    begun_in_the_prompt = 'so {"wanted": "draft"} hm</think>{"wanted": "x"}'
+    assert salvage_json(begun_in_the_prompt, "wanted") == Salvaged(X, True)
+    assert salvage_json('{"wanted": "a </think> b"}', "wanted") == Salvaged({"wanted": "a </think> b"}, True)
+
+
+def test_an_object_that_is_cut_off_gives_way_to_a_whole_one() -> None:
+    text = '{"wanted": "draft\n{"wanted": "whole"}'
+    assert salvage_json(text, "wanted") == Salvaged({"wanted": "whole"}, True)
+    assert salvage_json(text[:-2], "wanted") == Salvaged({"wanted": "draft"}, False)
+
+
+def test_where_every_form_is_blank_the_first_is_given_and_nothing_ends() -> None:
+    text = '{"a": 1} {"wanted": ""} {"wanted": "..."}'
+    assert salvage_json(text, "wanted") == Salvaged({"wanted": ""}, True)
+    assert json_object_end(text, "wanted") is None
+
+
+def test_keys_are_found_in_any_case_and_punctuation() -> None:
+    for key in ("refined_response", r"refined\_response", "Refined Response", "**refined-response**"):
+        text = json.dumps({key: "x"})
+        assert salvage_json(text, "refined_response") == Salvaged({key: "x"}, True)
+        assert json_object_end(text, "refined_response") == len(text)
+        assert plain_key(key) == plain_key("refined_response")
+
+
+def test_all_closed_objects_are_listed() -> None:
+    assert json_objects('{"a": 1} {b} {"c": {"d": 2}} {"e": ') == [{"a": 1}, {"c": {"d": 2}}]
+    assert json_objects('<think>{"a": 1}</think>{"b": 2}') == [{"b": 2}]
+
+
+FOREIGN = {
+    "escaped keys": (r'{"refined\_response": "x", user\_profile: "y"}', {"refined_response": "x", "user_profile": "y"}),
+    "escaped values": (r'{"a": "I\_hear \*you\* \[now\] 5\. \#"}', {"a": "I_hear *you* [now] 5. #"}),
+    "three quotes": ('{"a": """I hear you."""}', {"a": "I hear you."}),
+    "three quotes, lines": ('{"a": """\nI "hear" you.\n""", "b": 1}', {"a": '\nI "hear" you.\n', "b": 1}),
+    "three quotes behind one": ('{"a": """He said "no"""", "b": 1}', {"a": 'He said "no"', "b": 1}),
+    "three single quotes": ("{'a': '''I'm ok.'''}", {"a": "I'm ok."}),
+    "backticks": ('{"a": `I hear, you.`, `b`: `it\'s`}', {"a": "I hear, you.", "b": "it's"}),
+    "three backticks": ('{"a": ```text\nI hear you.\n```, "b": 1}', {"a": "I hear you.\n", "b": 1}),
+    "a plus": ('{"a": "I hear you. " + "Tell me more.", "b": 1}', {"a": "I hear you. Tell me more.", "b": 1}),
+    "pluses over lines": ('{"a": "I hear "\n + "you. "\n + \'Go on.\'}', {"a": "I hear you. Go on."}),
+    "a plus in a list": ('{"a": ["x" + "y", "z"]}', {"a": ["xy", "z"]}),
+    "a plus in a text": ('{"a": "1 + 1", "b": "x+"}', {"a": "1 + 1", "b": "x+"}),
+    "full-width": ('{“a”：“x”，“b”：2，“c”：［1，2］}', {"a": "x", "b": 2, "c": [1, 2]}),
+    "full-width colon and comma": ('{"a"："I hear，you：go on"，"b"：1}', {"a": "I hear，you：go on", "b": 1}),
+    "full-width all over": ('｛＂a＂：＂x＂，＂b＂：｛＂c＂：true｝｝', {"a": "x", "b": {"c": True}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_punctuation_is_none_of_the_text(name: str) -> None:
+    text, expected = FOREIGN[name]
+    assert salvage_json(text) == Salvaged(expected, True)
+    assert json_object_end(text) == len(text)
+    assert [json_object_end(text[:length]) for length in range(len(text))] == [None] * len(text)
+
+
+PLACEHOLDERS = [
+    "", " \n", "...", "…", "---", "<response>", "<your refined response here>", "[your response]", "[...]", "{reply}",
+    "your response here", "Your refined response.", "refined_response", "string", "The improved reply goes here...",
+    "N/A", "none", "Insert your answer here", "**your response**",
+]  # fmt: skip
+REPLIES = [
+    "I hear you.", "Your response moved me.", "No.", "None of this is your fault.", "The answer is yours.", "你好",
+    "[sighs] I hear you.", "<3 I hear you", "Text me.", "String quartets calm me.", "Answer me this.",
+]  # fmt: skip
+
+
+def test_placeholders_are_told_from_replies() -> None:
+    assert [text for text in PLACEHOLDERS if not is_placeholder(text)] == []
+    assert [text for text in REPLIES if is_placeholder(text)] == []
+
+
+@settings(deadline=None)
+@given(OBJECTS, st.sampled_from(["wanted", "a", "Text"]), st.booleans())
+def test_with_a_key_proper_json_is_read_as_json_reads_it(value: dict[str, Any], wanted: str, wrapped: bool) -> None:
+    value = {**value, wanted: "some text"}
+    text = json.dumps({"b": [1, value]} if wrapped else value)
+    first = next(iter(holders(json.loads(text), wanted)))
+    assert salvage_json(text, wanted) == Salvaged(first, True)
+    assert json_object_end(text, wanted) == len(text)
+
+
+def holders(value: Any, wanted: str) -> list[dict[str, Any]]:
+    """Those with something under the key, outermost first."""
+    own = [value] if isinstance(value, dict) and filled(value, wanted) else []
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return own + [found for part in parts for found in holders(part, wanted)]
+
+
+def filled(value: dict[str, Any], wanted: str) -> bool:
+    found = [part for key, part in value.items() if plain_key(key) == plain_key(wanted)]
+    return any(part not in (None, {}, []) and not (isinstance(part, str) and is_placeholder(part)) for part in found)
+
+
+def strings(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, dict):
+        return [*value, *(text for part in value.values() for text in strings(part))]
+    return [text for part in value for text in strings(part)] if isinstance(value, list) else []
+
+
+SIGNS = "{}[]\"'“”‘’`\\,:;，：+<>think/wanted 1-\n_*"
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(SIGNS, max_size=60) | st.text(), st.sampled_from([None, "wanted"]))
+def test_nothing_is_made_up(text: str, wanted: str | None) -> None:
+    """Every string consists of characters that stand in the text in this order, escapes replaced."""
+    found = salvage_json(text, wanted)
+    readable = iter(text)
+    for string in strings(found.value) if found is not None else []:
+        readable = iter(text)
+        for char in string:
+            assert char in "\n\t\r\b\f\ufffd" or char in readable or f"{ord(char):04x}" in text.lower()
+
+
+BEGUN = '{"understanding": {"user_profile": "nurse, “tired”"}, "score": 2, "wanted": "I hear \\"you\\".\\nGo on."}'
+
+
+def test_a_million_characters_of_anything_are_read_a_few_times_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts what is read: the characters of every object and of every string, in all rounds together."""
+    read = {"object": 0, "string": 0}
+    read_object, read_string = json_repair._read_object, json_repair._read_string
+
+    def counting_object(text: str, position: int) -> Any:
+        found = read_object(text, position)
+        read["object"] += found.end - position
+        return found
+
+    def counting_string(text: str, position: int, after: Any) -> Any:
+        found = read_string(text, position, after)
+        read["string"] += found[1] - position
+        return found
+
+    monkeypatch.setattr(json_repair, "_read_object", counting_object)
+    monkeypatch.setattr(json_repair, "_read_string", counting_string)
+    rows = {
+        "blank forms": '{"wanted": ""} ', "drafts": '{"wanted": "I hear\n', "braces": '{"a": 1, {"b": 2, ',
+        "strings of JSON": json.dumps({"a": json.dumps(X | {"wanted": ""})}), "escapes": r'{\"a\": \"',
+        "quotes": '{"a": """', "backticks": '{"a": ```', "pluses": '{"a": "x" + ', "colons": "{“a”：",
+        "prose": "{ a, b } ", "thoughts": '<think>{"wanted": "x"}',
+    }  # fmt: skip
+    for name, row in rows.items():
+        text = row * (20_000 // len(row))
+        read.update(object=0, string=0)
+        salvage_json(text, "wanted")
+        assert max(read.values()) <= 8 * len(text), (name, read)
+
+
+def test_mutated_output_crashes_nothing_and_stays_in_agreement() -> None:
+    for rng in rounds(18, 600):
+        text = BEGUN
+        for _ in range(rng.randrange(1, 6)):
+            place, other = rng.randrange(len(text) + 1), rng.randrange(len(text) + 1)
+            text = rng.choice([
+                text[:place] + rng.choice(SIGNS) + text[place:], text[:place] + text[place + 1 :], text[:place],
+                text[:place] + text[min(place, other) : other] + text[place:], text + text,
+                text.replace('"', rng.choice("'`“＂")),
+                text[:place] + "<think>" + text[place:], text.replace("\\", "\\\\"), json.dumps(text), text[::-1],
+            ]) or BEGUN  # fmt: skip
+            text = text[:2000]
+        found, end = salvage_json(text, "wanted"), json_object_end(text, "wanted")
+        if end is not None:
+            assert found is not None
+            assert found.complete
+            assert text[end - 1] in "}｝"
 
 
 HOSTILE = {

@@ -17,6 +17,7 @@ from selfevo.datasets import Pair, read_pairs
 from selfevo.datasets.encoding import fit_prompt
 from selfevo.datasets.prompts import REPLY_STYLES, Prompts, prompts_of, reply_prompt
 from selfevo.dialogue import ESCONV_STRATEGIES, Example, Turn
+from selfevo.evolve import EvolveConfig, evolve
 from selfevo.evolve.controls import controlled
 from selfevo.evolve.json_repair import json_object_end
 from selfevo.evolve.refine import RefineSettings, filter_pairs
@@ -28,7 +29,9 @@ from selfevo.evolve.reflection import (
     read_reflection,
     reflection_prompt,
     whole_sentences,
+    written_text,
 )
+from selfevo.evolve.settings import compose
 from selfevo.files import FileError, write_jsonl
 from selfevo.generate import Reply, Sampling, generate, sample_replies
 from selfevo.generate import replies as replies_room
@@ -129,6 +132,49 @@ def test_messy_reflections_are_recovered(text: str) -> None:
     assert reflection.refined == WHOLE["refined_response"]
     assert reflection.understanding["profile"] == "nurse"
     assert reflection.score == 2
+
+
+def reflection(**changes: str) -> str:
+    return json.dumps({**WHOLE, **changes})
+
+
+MEANT = "I hear you. Go on."
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        reflection(refined_response=MEANT).replace("refined_response", r"refined\_response"),
+        reflection(refined_response="I hear you.\\nGo on."),
+        reflection(refined_response='"I hear you. Go on."'),
+        reflection(refined_response="“I hear you. Go on.”"),
+        reflection(refined_response="`I hear you. Go on.`"),
+        reflection(refined_response='"""I hear you. Go on."""'),
+        reflection(refined_response='I hear you. Go on."""'),
+        reflection(refined_response="```\nI hear you. Go on.\n```"),
+        json.dumps(reflection(refined_response=MEANT)),
+        f"<think>{reflection(refined_response='draft.')}</think>{reflection(refined_response=MEANT)}",
+        f"{reflection(refined_response='<your reply>')} {reflection(refined_response=MEANT)}",
+        " ".join(json.dumps({key: MEANT if key == "refined_response" else part}) for key, part in WHOLE.items()),
+    ],
+)
+def test_what_is_foreign_to_a_refined_reply_is_taken_off(text: str) -> None:
+    found = parse_reflection(text)
+    assert found is not None
+    assert found.refined.split() == MEANT.split()
+    assert (found.understanding["profile"], found.score, found.feedback) == ("nurse", 2, "generic")
+
+
+@pytest.mark.parametrize("text", ["...", "<response>", "[your response]", '"..."', "`reply`", "Your response.", "\\n"])
+def test_a_placeholder_is_no_reply(text: str) -> None:
+    assert written_text(text) is None
+    assert parse_reflection(reflection(refined_response=text)) is None
+    assert parse_reflection(f"<think>{reflection(refined_response=MEANT)}") is None
+
+
+def test_quotes_inside_a_reply_are_its_own() -> None:
+    for text in ('"No," she said, "never."', "It's fine.", "You said `go`?", "Don't 'worry'", 'She said "no"'):
+        assert written_text(text) == text
 
 
 @pytest.mark.parametrize(
@@ -456,3 +502,16 @@ def test_a_balanced_object_ends_a_reflection(shared: Path, tmp_path: Path, monke
     monkeypatch.setattr(replies_room, "generate", scripted)
     (reply,) = talk(talker, tmp_path / "j.jsonl", 1, stop_when=lambda text: json_object_end(text) is not None)
     assert reply.text == 'x {"a": {"b": 1}}'
+
+
+def test_a_form_that_cannot_fit_is_told_before_anything_is_trained_or_sampled(tmp_path: Path) -> None:
+    backbone = Path(__file__).parents[2] / "examples" / "embedded" / "backbone"
+    data = backbone.parent / "data"
+    values = {
+        "backbone": str(backbone), "esconv": str(data / "human.json"), "synthetic": (str(data / "synthetic.json"),),
+        "replay": str(data / "replay.json"), "test": str(data / "test.json"), "out": str(tmp_path / "run"),
+        "reflection": "guided", "reflection_tokens": 20,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="20 tokens are too few for"):
+        evolve(compose(EvolveConfig, values))
+    assert not (tmp_path / "run").exists()
