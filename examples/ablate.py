@@ -37,9 +37,8 @@ from selfevo.dialogue import to_messages
 from selfevo.evaluation.folder import VANILLA, read_examples
 from selfevo.evaluation.score import missing_scores
 from selfevo.evaluation.tables import mean_table
-from selfevo.evolve import EvolveConfig, evolve, load_backbone
+from selfevo.evolve import BackboneSettings, EvolveConfig, evolve, load_backbone, read_settings
 from selfevo.evolve.evaluate import evaluate_model
-from selfevo.evolve.run import check_run
 from selfevo.evolve.settings import change
 from selfevo.files import read_json, read_jsonl, write_text
 from selfevo.lora import load_adapter, remove_adapters
@@ -71,11 +70,7 @@ Values = dict[str, float]
 
 def run_variant(config: EvolveConfig) -> dict[str, Values]:
     """The scores of every model of a run, which is continued where it was, or read where it is complete."""
-    run = Path(config.out)
-    if (run / "eval" / "scores.json").is_file():
-        check_run(config, resume=True)
-    else:
-        evolve(config, resume=True)
+    run = evolve(config, resume=True)
     scores: dict[str, Values] = read_json(run / "eval" / "scores.json")
     rates = show.rates(run) if iterate.is_embedded(config) else {}
     return {name: rates.get(name, {}) | values for name, values in scores.items()}
@@ -86,6 +81,7 @@ def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
     run = Path(config.out)
     folder, examples = run / "prompts", read_examples(run / "eval")
     model, tokenizer = load_backbone(config.backbone)
+    begun_with = read_settings(run, BackboneSettings).source  # as it was spelled then
     contexts = [to_messages(example.context) for example in examples]
     table: dict[str, Values] = {}
     for stage in (VANILLA, *config.models):
@@ -97,7 +93,7 @@ def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
             name = f"{stage}-{kind}"
             values = evaluate_model(
                 model, tokenizer, examples, folder, name, settings,
-                source=f"{config.backbone.source}@{stage}", refining=kind == "refine",
+                source=f"{begun_with}@{stage}", refining=kind == "refine",
             )  # fmt: skip
             texts = [record["text"] or "" for record in read_jsonl(folder / f"{name}.replies.jsonl")]
             rates = show.score(texts, contexts) if iterate.is_embedded(config) else {}

@@ -38,10 +38,10 @@ from selfevo.evaluation.endpoint import Address, Endpoint, EndpointSettings, rea
 from selfevo.evaluation.local_responder import LocalResponder
 from selfevo.evaluation.report import write_report
 from selfevo.evaluation.tables import mean_table
-from selfevo.evolve import load_backbone
+from selfevo.evolve import load_backbone, read_settings
 from selfevo.evolve.reflection import GUIDED
-from selfevo.evolve.run import check_run
-from selfevo.evolve.settings import compose, leaves
+from selfevo.evolve.run_folder import check_run
+from selfevo.evolve.settings import change, compose, leaves
 from selfevo.files import read_json, write_text
 from selfevo.generate import Sampling
 from selfevo.training import keep_freed_memory
@@ -72,9 +72,17 @@ def parse(arguments: list[str] | None = None) -> tuple[DecoupledConfig, list[int
         else:
             iterate.add_option(parser, leaf)
     parser.add_argument("--seeds", type=int, nargs="+", default=[], metavar="INT", help="several runs, in OUT/seed-INT")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out, to the same result")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings")
     values = vars(parser.parse_args(arguments))
     resume, seeds = values.pop("resume"), values.pop("seeds")
+    if seeds and "seed" in values:
+        parser.error("--seed and --seeds exclude each other")
+    judge_url = values.get("judge_url", "")
+    if judge_url:
+        values["judge_url"] = Address.of(judge_url).url
+    if resume and (run := iterate.given_run(parser, values, f"seed-{seeds[0]}" if seeds else "")):
+        config = change(read_settings(run, DecoupledConfig), **values)
+        return config, seeds, resume, judge_url or config.judge_url
     if "backbone" in values or "esconv" in values:
         missing = [name for name in ("backbone", "esconv") if name not in values]
         if missing:
@@ -86,14 +94,7 @@ def parse(arguments: list[str] | None = None) -> tuple[DecoupledConfig, list[int
     else:
         values = EMBEDDED | values
     if "out" not in values:
-        if resume:
-            parser.error("--resume needs --out, the run folder to continue")
         values["out"] = str(Path("runs") / f"decoupled-{datetime.now():%Y%m%d-%H%M%S}")
-    if seeds and "seed" in values:
-        parser.error("--seed and --seeds exclude each other")
-    judge_url = values.get("judge_url", "")
-    if judge_url:
-        values["judge_url"] = Address.of(judge_url).url
     return compose(DecoupledConfig, values), seeds, resume, judge_url
 
 
@@ -150,7 +151,8 @@ def main() -> int:
         table = summary(runs)
         write_text(Path(config.out) / "table.md", table + "\n")
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"continue with: --out {config.out} --resume (and the same flags)") from stop
+        again = " ".join(map(str, ["--seeds", *seeds] if seeds else []))
+        raise KeyboardInterrupt(f"continue with: --out {config.out} --resume {again}".rstrip()) from stop
     print(f"\nmeans over seeds {', '.join(map(str, seeds))} (smallest to largest):\n\n{table}")
     print(f"\nalso in {Path(config.out) / 'table.md'}")
     return 0

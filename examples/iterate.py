@@ -17,9 +17,9 @@ from embedded import show
 from program import TRAINING, program
 
 from selfevo.evaluation.report import add_table, write_report
-from selfevo.evolve import EvolveConfig, evolve
-from selfevo.evolve.settings import REQUIRED, Leaf, compose, leaves
-from selfevo.files import locate
+from selfevo.evolve import EvolveConfig, evolve, read_settings
+from selfevo.evolve.settings import REQUIRED, Leaf, change, compose, leaves
+from selfevo.files import FileError, locate
 from selfevo.models.checkpoint import read_config
 from selfevo.training import describe_memory, estimate_memory, keep_freed_memory
 
@@ -46,10 +46,12 @@ def parse(arguments: list[str] | None = None) -> tuple[EvolveConfig, bool, bool]
     )
     for leaf in leaves(EvolveConfig).values():
         add_option(parser, leaf)
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out, to the same result")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings")
     parser.add_argument("--memory", action="store_true", help="only report the memory that the backbone needs")
     given = vars(parser.parse_args(arguments))
     resume, memory = given.pop("resume"), given.pop("memory")
+    if resume and (run := given_run(parser, given)):
+        return change(read_settings(run, EvolveConfig), **given), resume, memory
     values: dict[str, Any] = given
     if "backbone" in values or "esconv" in values:
         missing = [name for name in ("backbone", "esconv") if name not in values]
@@ -58,11 +60,22 @@ def parse(arguments: list[str] | None = None) -> tuple[EvolveConfig, bool, bool]
     else:
         values = EMBEDDED | values
     if "out" not in values:
-        if resume:
-            parser.error("--resume needs --out, the run folder to continue")
         name = Path(values["backbone"]).name if values["backbone"] != EMBEDDED["backbone"] else "embedded"
         values["out"] = str(Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}")
     return compose(EvolveConfig, values), resume, memory
+
+
+def given_run(parser: argparse.ArgumentParser, given: dict[str, Any], inside: str = "") -> Path | None:
+    """The run folder to continue, --out or one ``inside`` it, whose settings hold where no others are given; None where
+    nothing was begun there, which the other flags then begin."""
+    if "out" not in given:
+        parser.error("--resume needs --out, the run folder to continue")
+    run = Path(given["out"], inside)
+    if (run / "config.json").exists():
+        return run
+    if given.keys() == {"out"}:
+        raise FileError(f"{run}: holds no run to continue (no config.json); start it with its flags, without --resume")
+    return None
 
 
 def add_option(parser: argparse.ArgumentParser, leaf: Leaf) -> None:
@@ -119,7 +132,7 @@ def main() -> int:
             add_table(run / "eval", "personalisation", title, show.rates(run))
         report = write_report(run)
     except KeyboardInterrupt as stop:
-        raise KeyboardInterrupt(f"continue with: --out {config.out} --resume (and the same flags)") from stop
+        raise KeyboardInterrupt(f"continue with: --out {config.out} --resume") from stop
     print()
     print((run / "eval" / "table.md").read_text(encoding="utf-8"))
     if is_embedded(config):

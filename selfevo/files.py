@@ -3,6 +3,10 @@
 ``Fields`` takes values out of a JSON object with their types and ranges checked. Only regular files are opened: a pipe
 or a device in a file's place would be waited for, or never end.
 
+A folder may have a ledger (``start_ledger``): every file that ``replace_file`` puts into it, or into its folders, is
+entered there with its hash, so that ``check_ledger`` finds what was changed since. ``hold_folder`` keeps a folder to
+one process.
+
 Everything is UTF-8 and keeps non-ASCII characters readable. A line of JSON lines ends at a newline only: a text may
 hold the other characters that Python takes for line ends (U+2028, U+0085).
 """
@@ -13,13 +17,14 @@ import hashlib
 import json
 import math
 import os
+import platform
 import re
 import reprlib
 import secrets
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,8 +33,10 @@ __all__ = [
     "FileError",
     "StrPath",
     "append_jsonl",
+    "check_ledger",
     "file_hash",
     "folder_hash",
+    "hold_folder",
     "locate",
     "one_line",
     "read_json",
@@ -40,6 +47,7 @@ __all__ = [
     "read_text",
     "replace_file",
     "resume_jsonl",
+    "start_ledger",
     "write_json",
     "write_jsonl",
     "write_text",
@@ -49,6 +57,9 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _BLANK = " \t\r\n\ufeff"  # a byte order mark stands inside a file where others were joined to it
 _NO_BLANK = re.compile(f"[^{_BLANK}]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how libraries written in Rust quote the system
+LEDGER, LOCK = "ledger.jsonl", "lock"
+_BOUND = (".json", ".jsonl", ".safetensors")  # of files that are read back; others are for people, or half written
 # Bits of a number in safetensors' names for dtypes.
 _BITS = {"BOOL": 8} | {name: int(re.findall(r"\d+", name)[0]) for name in (
     "F4 F6_E2M3 F6_E3M2 U8 I8 F8_E5M2 F8_E4M3 F8_E8M0 F8_E5M2FNUZ F8_E4M3FNUZ I16 U16 F16 BF16 I32 U32 F32 I64 U64 F64 "
@@ -120,51 +131,166 @@ class Fields:
 
 
 @contextmanager
-def replace_file(path: StrPath) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` for others to write (``torch.save``); it takes the name on success.
+def replace_file(path: StrPath, *, grows: bool = False) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` for others to write (``save_file``); it takes the name on success.
 
     Parents are created, and the file may be read by whom the umask allows. If the block raises, nothing is left behind
-    and a file that was there before stays as it was.
-    Raises ``FileError`` if ``path`` is a folder or if the block wrote nothing.
+    and a file that was there before stays as it was. ``grows``: lines will be appended, so a ledger takes no hash.
+    Raises ``FileError`` if ``path`` is a folder, if the system does not let the file be written, and if the block
+    wrote nothing.
     """
     target = Path(path)
     if target.is_dir():
         raise FileError(f"{target}: is a folder; give the name of a file to write")
-    target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.partial")
+    with _writing(target):
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            temporary.unlink()
+            yield temporary
+            if not temporary.exists():
+                raise FileError(f"{target}: nothing was written; write to the temporary path that replace_file yields")
+            temporary.chmod(mode)  # safetensors leaves its files to their owner alone
+            # Without the sync a power cut could leave the new name on an empty file.
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            _enter(target, None if grows else temporary)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Makes the parents of a file, and a sentence that names it of whatever the system has against its writing."""
+    _check_held(target)
     try:
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        temporary.unlink()
-        yield temporary
-        if not temporary.exists():
-            raise FileError(f"{target}: nothing was written; write to the temporary path that replace_file yields")
-        temporary.chmod(mode)  # safetensors leaves its files to their owner alone
-        # Without the sync a power cut could leave the new name on an empty file.
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except FileError:
+        raise
+    except Exception as error:
+        quoted = _OS_ERROR.search(str(error))
+        if not (quoted or isinstance(error, OSError)):
+            raise
+        _check_held(target)
+        why = os.strerror(int(quoted[1])) if quoted else getattr(error, "strerror", None) or error
+        raise FileError(f"{target}: cannot be written ({why}); choose or free another place") from error
+
+
+def start_ledger(folder: Path) -> None:
+    """Gives a folder a ledger, if it has none, in which its files and all that are put into it later are entered."""
+    if not (folder / LEDGER).is_file():
+        files = _bound_files(folder)
+        with _writing(folder / LEDGER):
+            (folder / LEDGER).touch()
+        for path in files:
+            _enter(path, path)
+
+
+def _bound_files(folder: Path) -> list[Path]:
+    """The files that belong into a ledger: those that are read back, whatever has become of them."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in _BOUND and path.name != LEDGER)
+
+
+def _enter(target: Path, written: Path | None) -> None:
+    """Enters the hash of what is ``written``, None for a file that grows, before it takes the name of ``target``."""
+    folder = next((parent for parent in target.parents[:3] if (parent / LEDGER).is_file()), None)
+    if folder is not None and target.suffix in _BOUND and target.name != LEDGER:
+        digest = None if written is None else file_hash(written)
+        append_jsonl(folder / LEDGER, {"file": target.relative_to(folder).as_posix(), "sha256": digest}, sync=True)
+
+
+def check_ledger(folder: Path) -> None:
+    """Raises ``FileError`` for a file in ``folder`` that is not as our code wrote it: edited, cut, exchanged, foreign.
+
+    One that is missing is left to whoever reads it; it may also be as it was at an earlier time.
+    """
+    path = folder / LEDGER
+    known: dict[str, list[str | None]] = {}
+    for line, values in enumerate(resume_jsonl(path), start=1):
+        entry = Fields(values, f"{path}, line {line}")
+        known.setdefault(entry.take("file", str), []).append(entry.take("sha256", str, None))
+    for file in _bound_files(folder):
+        digests = known.get(file.relative_to(folder).as_posix())
+        if digests is None and file.parent != folder:
+            raise FileError(f"{file}: is not in {LEDGER}, which has all that was written here; move the file elsewhere")
+        if digests and digests[-1] is not None and file_hash(file) not in digests:
+            raise FileError(f"{file}: is not as it was written; put it back as it was, or remove it to make it again")
+
+
+_held: dict[str, BinaryIO] = {}  # the folders that this process holds, and their locks
+
+
+@contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Keeps ``folder``, which is created, to this process; the system ends that with the process, however it ends.
+
+    While it is held, nothing is written into a folder that was removed or exchanged meanwhile. Raises ``FileError``
+    that says which process holds it.
+    """
+    path = folder / LOCK
+    with _writing(path):
+        file = open(path, "ab+")  # noqa: SIM115 (closed below)
+    try:
+        _lock(file, folder)
+        with _writing(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}".encode())
+            file.flush()
+        _held[os.path.abspath(folder)] = file
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        if _held.pop(os.path.abspath(folder), None):
+            with suppress(OSError):
+                file.truncate(0)
+        file.close()
 
 
-def write_text(path: StrPath, text: str) -> None:
+def _lock(file: BinaryIO, folder: Path) -> None:
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read(200).decode(errors="replace") or "another process"
+        raise FileError(f"{folder}: {owner} is working in it; wait for its end, or stop it first") from None
+    except (ImportError, OSError):
+        pass  # a file system without locks: that nobody else works here is up to the user
+
+
+def _check_held(path: StrPath) -> None:
+    """Raises ``FileError`` for a path in a folder that this process holds, but that is no longer there."""
+    for folder, file in _held.items():
+        if os.path.abspath(path).startswith(folder + os.sep):
+            try:
+                there = os.path.samestat(os.stat(os.path.join(folder, LOCK)), os.fstat(file.fileno()))
+            except OSError:
+                there = False
+            if not there:
+                raise FileError(
+                    f"{folder}: was removed or renamed while this process worked in it; nothing more is written there: "
+                    "put it back and continue, or start anew"
+                )
+
+
+def write_text(path: StrPath, text: str, *, grows: bool = False) -> None:
     """Writes ``text`` as UTF-8, newlines as they are. Raises ``FileError`` if it cannot be encoded or written."""
     try:
         data = text.encode()
     except UnicodeEncodeError as error:
         raise FileError(f"{path}: the text has half a surrogate pair at {error.start}; replace it") from error
-    try:
-        with replace_file(path) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written ({error.strerror}); choose or free another place") from error
+    with replace_file(path, grows=grows) as temporary:
+        temporary.write_bytes(data)
 
 
 def locate(source: StrPath, *, patterns: Sequence[str], revision: str | None = None) -> Path:
     """The folder of a checkpoint or adapter; for a hub id, the files that match ``patterns`` are downloaded unless in
     the cache. Raises ``FileError``, in the hub's own words where it refuses."""
     folder = Path(os.path.expanduser(source))
+    _check_held(folder)
     if os.path.isdir(folder):
         return folder
     if os.path.exists(folder):
@@ -200,9 +326,12 @@ def write_json(path: StrPath, obj: Any) -> None:
     write_text(path, _dumps(path, obj, indent=2) + "\n")
 
 
-def write_jsonl(path: StrPath, records: Iterable[Any]) -> None:
-    """Writes one JSON value a line; no records make an empty file. Raises ``FileError`` as ``write_json`` does."""
-    write_text(path, "".join(_dumps(path, record) + "\n" for record in records))
+def write_jsonl(path: StrPath, records: Iterable[Any], *, grows: bool = False) -> None:
+    """Writes one JSON value a line; no records make an empty file. ``grows``: ``append_jsonl`` will add others.
+
+    Raises ``FileError`` as ``write_json`` does.
+    """
+    write_text(path, "".join(_dumps(path, record) + "\n" for record in records), grows=grows)
 
 
 def read_text(path: StrPath) -> str:
@@ -277,19 +406,27 @@ def read_tensor_shapes(path: StrPath) -> dict[str, tuple[int, ...]]:
     return {name: shape for _, _, name, shape in sorted(found)}
 
 
-def append_jsonl(path: StrPath, record: Any) -> None:
+def append_jsonl(path: StrPath, record: Any, *, sync: bool = False) -> None:
     """Adds one JSON value as a line at the end of a file, which is created with its parents where there is none.
 
-    NaN and infinities are written as Python reads them. Raises ``FileError`` where the file cannot be written.
+    ``sync`` waits until it is on the disk. Raises ``FileError`` as ``write_json`` does, and leaves no half line.
     """
-    line = json.dumps(record) + "\n"
+    data = (_dumps(path, record) + "\n").encode()
     target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with target.open("a", encoding="utf-8", newline="\n") as file:
-            file.write(line)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written ({error.strerror}); choose or free another place") from error
+    with _writing(target), target.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while data:  # a full disk may take a part of it, and say why when the rest comes
+                data = data[file.write(data) :]
+            if sync:
+                os.fsync(file.fileno())
+            if not end:
+                _enter(target, None)
+        except OSError:
+            file.truncate(end)
+            if not end:
+                target.unlink()
+            raise
 
 
 def resume_jsonl(path: StrPath) -> list[Any]:
@@ -380,6 +517,7 @@ def _open(path: StrPath) -> Iterator[BinaryIO]:
         with open(path, "rb") as file:
             yield file
     except FileNotFoundError as error:
+        _check_held(path)
         raise FileError(f"{path}: there is no such file; check the path") from error
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error

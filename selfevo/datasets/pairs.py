@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from selfevo.dialogue import Message
-from selfevo.files import FileError, read_jsonl
+from selfevo.files import Fields, read_jsonl
 
 _OWN_FIELDS = ("id", "dialogue", "golden", "source", "reflection")
 
@@ -38,15 +38,20 @@ class Pair:
 
 def read_pairs(path: Path) -> list[Pair]:
     """The pairs of a ``pairs.jsonl``. Raises ``FileError`` for a record that this library did not write."""
-    pairs = []
-    for index, record in enumerate(read_jsonl(path)):
-        try:
-            (chosen,), (rejected,) = record["chosen"], record["rejected"]
-            own = {name: record[name] for name in ("prompt", *_OWN_FIELDS)}
-            cut = bool(record.get("rejected_cut", False))
-            pairs.append(Pair(chosen=chosen["content"], rejected=rejected["content"], rejected_cut=cut, **own))
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileError(
-                f"{path}: record {index} is not a preference pair as written by this library: {error!r}"
-            ) from error
-    return pairs
+    records = [Fields(values, f"{path}: record {index}") for index, values in enumerate(read_jsonl(path))]
+    return [_read_pair(record) for record in records]
+
+
+def _read_pair(record: Fields) -> Pair:
+    def messages(key: str) -> list[Message]:
+        found = [Fields(message, f"{record.where}, {key!r}") for message in record.take_list(key, dict)]
+        return [{part: message.take(part, str) for part in ("role", "content")} for message in found]
+
+    sides = [messages(key) for key in ("chosen", "rejected")]
+    if any(len(side) != 1 for side in sides):
+        raise record.fail("'chosen' and 'rejected' should each be one message, as this library writes them")
+    prompt = messages("prompt")
+    chosen, rejected = (side[0]["content"] for side in sides)
+    id_, dialogue, golden, source = (record.take(name, str) for name in ("id", "dialogue", "golden", "source"))
+    thought, cut = record.take("reflection", dict, None), record.take("rejected_cut", bool, False)
+    return Pair(id_, dialogue, prompt, chosen, rejected, golden, source, thought, cut)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -30,7 +31,7 @@ from selfevo.dialogue import (
     strategy_name,
     to_messages,
 )
-from selfevo.files import FileError, read_jsonl, write_jsonl
+from selfevo.files import Fields, FileError, read_jsonl, write_jsonl
 from selfevo.generate.decoder import SLOTS
 from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.generate.sampling import Sampling
@@ -241,8 +242,20 @@ def plan(
     records = read_jsonl(path)
     if len(records) != len(prompts):
         raise FileError(f"{path}: holds {len(records)} plans where {len(prompts)} are needed; it is of another run")
-    plans = [None if record is None else Plan(record["strategy"], tuple(record["logps"])) for record in records]
+    plans = [_read_plan(values, f"{path}, plan {index}") for index, values in enumerate(records)]
     return draw_plans(plans, sampling) if settings.planning == "drawn" else plans
+
+
+def _read_plan(values: Any, where: str) -> Plan | None:
+    if values is None:
+        return None
+    record = Fields(values, where)
+    strategy, logps = record.take("strategy", str), record.take_list("logps", float)
+    if strategy not in ESCONV_STRATEGIES or len(logps) != len(ESCONV_STRATEGIES):
+        raise record.fail(
+            f"{strategy!r} with {len(logps)} numbers is no plan for one of the eight strategies; remove it"
+        )
+    return Plan(strategy, tuple(logps))
 
 
 def respond(

@@ -33,10 +33,12 @@ from selfevo.decoupled.planner import (
 from selfevo.dialogue import Message
 from selfevo.evaluation.ask_json import Responder
 from selfevo.evaluation.endpoint import Address, EndpointSettings, read_parameters
-from selfevo.evaluation.folder import DECOUPLED_STAGES, write_examples
+from selfevo.evaluation.folder import DECOUPLED_STAGES, diverged_stages, write_examples
 from selfevo.evaluation.tables import mean_table
+from selfevo.evolve.loop import warn_of
 from selfevo.evolve.reflection import FREE, GUIDED, WAYS
-from selfevo.evolve.run import RunConfig, check_run, is_finished, load_backbone, open_run
+from selfevo.evolve.run import RunConfig, load_backbone
+from selfevo.evolve.run_folder import check_run, is_finished, open_run
 from selfevo.files import read_jsonl, write_json, write_jsonl, write_text
 from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.generate.sampling import Sampling
@@ -130,27 +132,32 @@ def decouple(
     (those of DPO also pairs.jsonl and filter.json), ``eval`` has replies, plans and tables. Raises ValueError for a
     folder of another run and for data without ESConv's strategies.
     """
-    check_run(config, resume=resume)
+    config = check_run(config, resume=resume)
     if is_finished(config):
         return Path(config.out)
     log = DataLog()
     turns = read_turns(config, log)
     model, tokenizer = load_backbone(config.backbone)
-    run = open_run(config)
-    sizes = {name: len(part) for name, part in vars(turns).items()}
-    write_json(run / "data.json", {"turns": sizes, "statistics": log.statistics, "rules": log.counts})
-    context = RunContext(config, model, tokenizer, turns, run, find_errors, judge)
+    with open_run(config) as run:
+        sizes = {name: len(part) for name, part in vars(turns).items()}
+        write_json(run / "data.json", {"turns": sizes, "statistics": log.statistics, "rules": log.counts})
+        _run_stages(RunContext(config, model, tokenizer, turns, run, find_errors, judge))
+    return run
+
+
+def _run_stages(context: RunContext) -> None:
+    """Everything that is not there yet: SFT stages, DPO stages on mined pairs, and the tables."""
+    folder = context.run / "eval"
     _train_sft(context, "planner-sft", lambda turn: (planner_prompt(turn.context), turn.strategy))
     _train_sft(context, "generator-sft", lambda turn: (generator_prompt(turn.context, turn.strategy), turn.reply))
     _train_sft(context, "joint-sft", lambda turn: (joint_prompt(turn.context), joint_reply(turn.strategy, turn.reply)))
     _train_dpo(context, "planner", _mine_plans)
     strategies = _evaluate_plans(context)
-    _write_table(run / "eval" / "strategies.md", strategies)
+    _write_table(folder / "strategies.md", strategies)
     _train_dpo(context, "generator", _mine_replies)
     replies = _evaluate_replies(context)
-    _write_table(run / "eval" / "replies.md", replies)
-    write_json(run / "eval" / "scores.json", {"strategies": strategies, "replies": replies})
-    return run
+    _write_table(folder / "replies.md", replies)
+    write_json(folder / "scores.json", {"strategies": strategies, "replies": replies})
 
 
 def _write_table(path: Path, rows: dict[str, Scores]) -> None:
@@ -186,6 +193,7 @@ def _train_sft(context: RunContext, name: str, example: Callable[[Labelled], tup
     items, held_out = (encode_sft_examples(context.tokenizer, part, window=window, counts=counts) for part in parts)
     write_json(stage.folder / "sft.json", dict(sorted(counts.items())))
     train_sft(context.model, stage, items, held_out if len(held_out) else None)
+    warn_of(name, diverged_stages(context.run))
 
 
 def _train_dpo(
@@ -204,6 +212,7 @@ def _train_dpo(
         write_json(folder / "filter.json", dict(sorted(counts.items())))
     pairs, held_out = read_pairs(folder / "pairs.jsonl"), {turn.example.dialogue for turn in turns.held_out}
     train_dpo(context.model, context.tokenizer, stage, pairs, held_out, context.config.preference)
+    warn_of(folder.name, diverged_stages(context.run))
 
 
 def _mine_plans(context: RunContext, turns: list[Labelled], folder: Path, counts: Counter[str]) -> list[Pair]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 
 from selfevo.dialogue import Example, Turn, to_messages
 from selfevo.files import FileError, read_json, read_jsonl, write_jsonl
@@ -42,6 +43,32 @@ def failed_reflections(run: Path) -> list[str]:
             sentences.append(
                 f"{stage}: {total - usable} of {total} reflections were unusable: most of its pairs compare golden "
                 f"with sampled replies, not refined ones.{remedy}"
+            )
+    return sentences
+
+
+def diverged_stages(run: Path) -> list[str]:
+    """A sentence for each stage of a run that ended worse than it began, as with a learning rate that is too high.
+
+    That is where no held-out loss is below that before the first step; where nothing was held out, where the mean
+    training loss of the last tenth of the steps is more than half as much again as that of the first step.
+    """
+    sentences = []
+    for stage in stage_names(run):
+        path = run / stage / "metrics.jsonl"
+        records = read_jsonl(path) if path.is_file() else []
+        held_out = [record["held_out"]["loss"] for record in records if "held_out" in record]
+        if held_out and "held_out_before" in records[0]:
+            before, after, kind = records[0]["held_out_before"]["loss"], min(held_out), "held-out"
+            worse = after > before
+        else:
+            last = [record["loss"] for record in records[-max(1, len(records) // 10) :]]
+            before, after, kind = (records[0]["loss"], fmean(last), "training") if last else (0.0, 0.0, "")
+            worse = after > 1.5 * before
+        if worse:
+            sentences.append(
+                f"{stage}: diverged: its {kind} loss was {before:.3f} at the start and {after:.3f} at the end, so it "
+                "is worse than the model that it began from. A lower learning rate may help."
             )
     return sentences
 

@@ -3,7 +3,8 @@
 from selfevo.datasets.corpus import DataSettings
 from selfevo.evolve.loop import EvolveConfig, evolve, read_corpus
 from selfevo.evolve.refine import RefineSettings
-from selfevo.evolve.run import BackboneSettings, RunConfig, RunError, load_backbone, read_settings
+from selfevo.evolve.run import BackboneSettings, RunConfig, RunError, load_backbone
+from selfevo.evolve.run_folder import read_settings
 from selfevo.training.settings import AdapterSettings, PreferenceSettings, TrainSettings
 
 __all__ = [

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from tqdm import tqdm
 
@@ -15,13 +16,14 @@ from selfevo.datasets.corpus import Corpus, DataSettings, load_corpus
 from selfevo.datasets.pairs import Pair
 from selfevo.datasets.prompts import SELF_REFLECTION
 from selfevo.dialogue import Dialogue, Instruction
-from selfevo.evaluation.folder import VANILLA, failed_reflections, used_reflections
+from selfevo.evaluation.folder import VANILLA, diverged_stages, failed_reflections, used_reflections
 from selfevo.evaluation.score import missing_scores
 from selfevo.evaluation.tables import comparison_table
 from selfevo.evolve.controls import CONTROLS, controlled
 from selfevo.evolve.evaluate import evaluate_model
 from selfevo.evolve.refine import RefineSettings, check_form, make_pairs
-from selfevo.evolve.run import RunConfig, check_run, is_finished, load_backbone, open_run
+from selfevo.evolve.run import RunConfig, RunError, load_backbone
+from selfevo.evolve.run_folder import check_run, is_finished, open_run, other_versions
 from selfevo.files import write_json, write_text
 from selfevo.lora import remove_adapters
 from selfevo.models import ChatTokenizer, Transformer
@@ -38,15 +40,21 @@ class EvolveConfig(RunConfig):
 
     data: DataSettings
     replies: RefineSettings = RefineSettings()
-    iterations: Annotated[int, "self-evolution iterations; 0 ends with M0"] = 2
+    iterations: Annotated[int, "self-evolution iterations; 0 ends with M0, and a run can be continued with more"] = 2
+    seed_parts: Annotated[
+        int, "parts that the seed dialogues are dealt into, which iterations take in turn; 0: one for each iteration"
+    ] = 0
     start: Annotated[str, "what the first iteration starts from: M0, or the vanilla backbone (Table 5)", STARTS] = "M0"
     control: Annotated[
         str,
         "an experiment that should fail: chosen and rejected swapped, replies shuffled between users, or no DPO term",
         CONTROLS,
     ] = "none"
+    grows: ClassVar[tuple[str, ...]] = ("iterations", "seed_parts")
 
     def __post_init__(self) -> None:
+        if self.seed_parts < 0:
+            raise ValueError(f"seed_parts must not be negative: {self.seed_parts}")
         least = int(self.start == VANILLA)
         if self.iterations < least:
             raise ValueError(f"iterations must be at least {least}, not {self.iterations}")
@@ -67,6 +75,18 @@ class EvolveConfig(RunConfig):
         trained = [f"{name}/adapter_config.json" for name in self.models]
         return (*trained, *(f"eval/{name}.json" for name in self.models), "eval/scores.json", "eval/table.md")
 
+    def continued(self, stored: Mapping[str, Any]) -> EvolveConfig:
+        """With more iterations the seed dialogues stay dealt as they were: further iterations take the same parts."""
+        begun = int(stored.get("iterations", self.iterations))
+        parts = int(stored.get("seed_parts", 0)) or begun
+        for name, was, now in (("iterations", begun, self.iterations), ("seed_parts", parts, self.seed_parts)):
+            if now < was if name == "iterations" else now not in (0, was):
+                raise RunError(
+                    f"{self.out}: holds a run with other settings ({name} was {was}, now {now}); only iterations can "
+                    "grow; choose another --out"
+                )
+        return self if parts in (0, self.iterations) else replace(self, seed_parts=parts)
+
     @property
     def test_replies(self) -> RefineSettings:
         """How the test turns are answered: with the same draws for every model."""
@@ -86,32 +106,32 @@ class RunContext:
 
 def evolve(config: EvolveConfig, *, resume: bool = False) -> Path:
     """Runs, or with ``resume`` continues, the whole loop; returns the run folder (its layout is in the README)."""
-    check_run(config, resume=resume)
+    config = check_run(config, resume=resume)
     if is_finished(config):
         return Path(config.out)
     corpus = read_corpus(config)
     model, tokenizer = load_backbone(config.backbone)
     check_form(model, tokenizer, config.replies)
-    run = open_run(config)
-    write_json(run / "data.json", corpus.report())
-    context = RunContext(config, model, tokenizer, corpus, run)
-    scores = {VANILLA: _evaluate(context, VANILLA)}
-    for before, name in pairwise((VANILLA, *config.models)):
-        if name == "M0":
-            _acquire(context, name)
-        else:
-            _improve(context, before, name)
-        scores[name] = _evaluate(context, name)
-    sentences = missing_scores(run / "eval", list(scores)) + failed_reflections(run)
-    notices = "".join(f"\n{sentence}\n" for sentence in sentences)
-    write_text(run / "eval" / "table.md", comparison_table(scores) + "\n" + notices)
-    write_json(run / "eval" / "scores.json", scores)
+    with open_run(config) as run:
+        write_json(run / "data.json", corpus.report())
+        context = RunContext(config, model, tokenizer, corpus, run)
+        scores = {VANILLA: _evaluate(context, VANILLA)}
+        for before, name in pairwise((VANILLA, *config.models)):
+            if name == "M0":
+                _acquire(context, name)
+            else:
+                _improve(context, before, name)
+            scores[name] = _evaluate(context, name)
+        sentences = missing_scores(run / "eval", list(scores)) + failed_reflections(run) + diverged_stages(run)
+        notices = "".join(f"\n{sentence}\n" for sentence in sentences + other_versions(run))
+        write_text(run / "eval" / "table.md", comparison_table(scores) + "\n" + notices)
+        write_json(run / "eval" / "scores.json", scores)
     return run
 
 
 def read_corpus(config: EvolveConfig) -> Corpus:
     """The dialogues of a run, read, cleaned and split."""
-    return load_corpus(config.data, iterations=config.iterations, seed=config.seed)
+    return load_corpus(config.data, iterations=config.seed_parts or config.iterations, seed=config.seed)
 
 
 def _acquire(context: RunContext, name: str) -> None:
@@ -130,6 +150,7 @@ def _acquire(context: RunContext, name: str) -> None:
     held_out = objective(corpus.held_out, []) if corpus.held_out else None
     write_json(stage.folder / "sft.json", dict(sorted(counts.items())))
     train_sft(context.model, stage, items, held_out)
+    warn_of(name, diverged_stages(context.run))
 
 
 def _improve(context: RunContext, before: str, name: str) -> None:
@@ -139,17 +160,18 @@ def _improve(context: RunContext, before: str, name: str) -> None:
     if is_trained(stage.folder):
         return
     _put_on(context, before)
-    part = context.corpus.seeds[int(name[1:]) - 1]
+    part = context.corpus.seeds[(int(name[1:]) - 1) % len(context.corpus.seeds)]
     settings = config.replies.seeded(config.seed, "replies", name)
     pairs = make_pairs(model, context.tokenizer, part.examples, stage.folder, settings)
     if config.replies.chosen == "refined":
         _tell_reflections(context.run, name, pairs)
     preference = None if config.control == "sft-only" else config.preference
     train_dpo(model, context.tokenizer, stage, controlled(pairs, config.control), part.held_out, preference)
+    warn_of(name, diverged_stages(context.run))
 
 
 def _tell_reflections(run: Path, name: str, pairs: list[Pair]) -> None:
-    """Says on the screen how many reflections could be used, and warns where most could not."""
+    """Says on the screen how many reflections could be used; warns where most could not."""
     usable, total = used_reflections(run / name)
     golden = sum(pair.source == "golden" for pair in pairs)
     tqdm.write(
@@ -157,8 +179,13 @@ def _tell_reflections(run: Path, name: str, pairs: list[Pair]) -> None:
         f"{len(pairs)} pairs",
         file=sys.stderr,
     )
-    for sentence in failed_reflections(run):
-        if sentence.startswith(f"{name}:"):
+    warn_of(name, failed_reflections(run))
+
+
+def warn_of(stage: str, sentences: Iterable[str]) -> None:
+    """Shows those of the sentences that are about a stage."""
+    for sentence in sentences:
+        if sentence.startswith(f"{stage}:"):
             tqdm.write(f"warning: {sentence}", file=sys.stderr)
 
 
@@ -175,5 +202,5 @@ def _evaluate(context: RunContext, name: str) -> dict[str, float]:
     if not (folder / f"{name}.json").is_file():
         _put_on(context, name)
     settings = context.config.test_replies
-    source = context.config.backbone.source + ("" if name == VANILLA else f"@{name}")
+    source = context.config.backbone.known_as + ("" if name == VANILLA else f"@{name}")
     return evaluate_model(context.model, context.tokenizer, context.corpus.test, folder, name, settings, source=source)

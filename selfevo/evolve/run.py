@@ -1,28 +1,23 @@
-"""A run: its settings, its folder and its backbone."""
+"""A run: its settings and its backbone. Its folder is in ``run_folder.py``."""
 
 from __future__ import annotations
 
-import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import torch
 
-from selfevo import __version__
 from selfevo.datasets.corpus import HumanData
 from selfevo.datasets.seeds import derive_seed
-from selfevo.evolve.settings import compose, flatten, leaves
-from selfevo.files import FileError, file_hash, read_json, write_json
 from selfevo.generate.replies import ReplySettings
 from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
 from selfevo.training.settings import AdapterSettings, PreferenceSettings, TrainSettings
 from selfevo.training.stages import Stage
 
 DTYPES = ("auto", "float32", "bfloat16")
-DRAWS = 2  # how seeds are derived; a run that was begun under another rule cannot be continued
-S = TypeVar("S")
+C = TypeVar("C", bound="RunConfig")
 
 
 @dataclass(frozen=True)
@@ -37,10 +32,16 @@ class BackboneSettings:
     device: Annotated[str, "auto takes a GPU where there is one"] = "auto"
     revision: Annotated[str, "revision of a hub id"] = ""
     chat_format: Annotated[str, "llama3, qwen2, mistral or plain, in place of the backbone's own template"] = ""
+    name: str = ""  # the source as it was spelled when the run was begun, which adapters and answers note
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype should be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+
+    @property
+    def known_as(self) -> str:
+        """What adapters and answers call the backbone."""
+        return self.name or self.source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class RunConfig:
     preference: PreferenceSettings = PreferenceSettings()
     replies: ReplySettings = ReplySettings()
     seed: Annotated[int, "seed of everything random"] = 0
+    grows: ClassVar[tuple[str, ...]] = ()  # settings that may grow when a run is continued, see ``continued``
 
     def __post_init__(self) -> None:
         replace(self.training, learning_rate=self.sft_learning_rate)  # raises where it is out of range
@@ -67,110 +69,42 @@ class RunConfig:
         """The files of the run folder without which the run is not finished."""
         raise NotImplementedError
 
+    def continued(self: C, stored: Mapping[str, Any]) -> C:
+        """These settings, with what a run that was begun with the ``stored`` ones has to keep where others have grown.
+
+        Raises RunError where they cannot grow so."""
+        return self
+
     def stage(self, name: str, label: str, *, sft: bool) -> Stage:
         """A stage of training, in the folder of its name."""
         rate = self.sft_learning_rate if sft else self.training.learning_rate
         training = replace(self.training, learning_rate=rate, seed=derive_seed(self.seed, "training", name))
-        return Stage(Path(self.out) / name, label, self.backbone.source, self.adapter, training)
+        return Stage(Path(self.out) / name, label, self.backbone.known_as, self.adapter, training)
 
 
 class RunError(ValueError):
     """A run folder that cannot be used; the message says why and what to do."""
 
 
-def read_settings(run: Path, kind: type[S]) -> S:
-    """The settings of a run folder, of this version or another: those that ``kind`` has, others are ignored."""
-    path = run / "config.json"
-    stored = read_json(path)
-    if not isinstance(stored, dict) or not isinstance(stored.get("settings"), dict):
-        raise FileError(f"{path}: has no settings; it is not of a run")
-    try:
-        return compose(kind, stored["settings"])
-    except (TypeError, ValueError) as error:
-        raise FileError(f"{path}: {error}") from error
-
-
-def is_finished(config: RunConfig) -> bool:
-    """Whether the run has all its results, so that nothing is left to be done."""
-    return all((Path(config.out) / name).is_file() for name in config.results)
-
-
-def check_run(config: RunConfig, *, resume: bool) -> None:
-    """Refuses, before anything is loaded or written, a run folder that is not this run's."""
-    run = Path(config.out)
-    if not (run / "config.json").is_file():
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise RunError(f"{run}: exists, but is not a run folder; choose another --out")
-        return
-    if not resume:
-        raise RunError(f"{run}: already holds a run; continue it with --resume, or choose another --out")
-    stored, current = read_json(run / "config.json"), _stamp(config)
-    _compare_settings(run, stored.get("settings", {}), current["settings"], type(config))
-    for name, digest in current["data"].items():
-        if stored.get("data", {}).get(name) != digest:
-            raise RunError(f"{name}: has changed since {run} was started; choose another --out")
-    if stored.get("draws") != DRAWS and not is_finished(config):
-        was = stored.get("versions", {}).get("selfevo", "another version")
-        raise RunError(
-            f"{run}: was begun by selfevo {was}, which splits data and draws replies differently; finish it there, or "
-            "choose another --out"
-        )
-
-
-def _compare_settings(run: Path, stored: dict[str, Any], current: dict[str, Any], kind: type) -> None:
-    """A setting that the run's version did not have must have its default; one that we do not have must be off."""
-    for name, leaf in leaves(kind).items():
-        known = stored.get(name, _as_json(leaf.default))
-        if name != "out" and current[name] != known:
-            message = f"holds a run with other settings ({name} was {known!r}, now {current[name]!r})"
-            raise RunError(f"{run}: {message}; choose another --out")
-    unknown = sorted(name for name in set(stored) - set(current) if stored[name] not in (None, False, 0, "", []))
-    if unknown:
-        raise RunError(f"{run}: holds a run with settings unknown to this version ({', '.join(unknown)})")
-
-
-def open_run(config: RunConfig) -> Path:
-    """The run folder: stamped with settings, data and versions where new, cleared of half-written files where old."""
-    run = Path(config.out)
-    for leftover in run.rglob("*.partial"):
-        leftover.unlink()
-    if not (run / "config.json").is_file():
-        write_json(run / "config.json", _stamp(config))
-    return run
-
-
-def _stamp(config: RunConfig) -> dict[str, Any]:
-    """Everything a run depends on: settings, the data files' hashes, versions."""
-    versions = {"selfevo": __version__, "python": platform.python_version()}
-    versions |= {name: version(name) for name in ("torch", "tokenizers", "safetensors", "numpy")}
-    return {
-        "settings": {name: _as_json(value) for name, value in flatten(config).items()},
-        "data": {name: file_hash(name) for name in config.data.files},
-        "versions": versions,
-        "draws": DRAWS,
-    }
-
-
-def _as_json(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def load_backbone(settings: BackboneSettings) -> tuple[Transformer, ChatTokenizer]:
     """The model, on its device, and its tokenizer. Raises RunError for a device that is not there, and where the two do
     not fit together."""
-    source, revision = settings.source, settings.revision or None
-    device = _device(settings.device)
-    kind = settings.dtype
-    if kind == "auto":
-        kind = "float32" if device == "cpu" else "bfloat16"
+    source, revision, device = settings.source, settings.revision or None, _device(settings.device)
     tokenizer = load_tokenizer(source, revision=revision, chat_format=settings.chat_format or None)
-    model = load_model(source, dtype=getattr(torch, kind), device=device, revision=revision)
+    model = load_model(source, dtype=getattr(torch, dtype_of(settings)), device=device, revision=revision)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise RunError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         )
     model.checkpoint_activations = settings.checkpoint_activations
     return model, tokenizer
+
+
+def dtype_of(settings: BackboneSettings) -> str:
+    """The dtype of the weights by its name, as ``auto`` takes it. Raises RunError for a device that is not there."""
+    if settings.dtype != "auto":
+        return settings.dtype
+    return "float32" if _device(settings.device) == "cpu" else "bfloat16"
 
 
 def _device(name: str) -> str:

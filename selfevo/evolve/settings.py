@@ -8,6 +8,7 @@ stored. Other fields (a seed derived from the run's) are not stored.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
@@ -58,6 +59,20 @@ def change(settings: S, **values: Any) -> S:
     return _compose(type(settings), values, settings)
 
 
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    """Raises ValueError for a value, as one in a file may be, that is not of a setting's type."""
+    if get_origin(kind) is tuple:
+        right, wanted = (
+            isinstance(value, (list, tuple)) and all(isinstance(one, str) for one in value),
+            "a list of texts",
+        )
+    else:
+        right = isinstance(value, (int, float) if kind is float else kind) and isinstance(value, bool) == (kind is bool)
+        wanted = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]
+    if not right:
+        raise ValueError(f"{name} should be {wanted}, not {reprlib.repr(value)}")
+
+
 def _fields(kind: type, whole: Any) -> Iterator[tuple[str, Any, Any]]:
     """Name, type and default of each field; the default is the value in ``whole`` where that is not REQUIRED."""
     hints = get_type_hints(kind, include_extras=True)
@@ -91,6 +106,7 @@ def _compose(kind: type[S], values: Mapping[str, Any], whole: Any) -> S:
             value = values.get(name, value)
             if value is REQUIRED:
                 raise ValueError(f"{name} has no default and must be given")
+            _check_type(name, value, hint.__origin__)
             given[field] = tuple(value) if isinstance(value, list) else value
         elif _is_part(hint):
             given[field] = _compose(hint, values, value)

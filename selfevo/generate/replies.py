@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 from selfevo.datasets.encoding import fit_prompt
 from selfevo.datasets.seeds import derive_seed
 from selfevo.dialogue import Messages
-from selfevo.files import append_jsonl, read_jsonl, resume_jsonl, write_jsonl
+from selfevo.files import Fields, FileError, append_jsonl, read_jsonl, resume_jsonl, write_jsonl
 from selfevo.generate.decoder import SLOTS, generate
 from selfevo.generate.form import Form
 from selfevo.generate.sampling import Sampling
@@ -92,9 +92,9 @@ def sample_replies(
     """
     if not path.is_file():
         unfinished = path.with_name(f"{path.name}.unfinished")
-        found = {record["index"]: _as_reply(record) for record in resume_jsonl(unfinished)}
+        found = dict(_read(unfinished, resume_jsonl(unfinished)))
         if any(index >= len(prompts) for index in found):
-            raise ValueError(f"{unfinished}: holds other replies than the {len(prompts)} wanted; it is of another run")
+            raise FileError(f"{unfinished}: holds other replies than the {len(prompts)} wanted; it is of another run")
 
         def keep(index: int, reply: Reply) -> None:
             found[index] = reply
@@ -105,10 +105,10 @@ def sample_replies(
         _sample(model, tokenizer, missing, keep, request)
         write_jsonl(path, [_as_record(index, found[index]) for index in range(len(prompts))])
         unfinished.unlink(missing_ok=True)
-    records = read_jsonl(path)
-    if len(records) != len(prompts):
-        raise ValueError(f"{path}: holds {len(records)} replies where {len(prompts)} are wanted; it is of another run")
-    return [_as_reply(record) for record in records]
+    replies = _read(path, read_jsonl(path))
+    if [index for index, _ in replies] != list(range(len(prompts))):
+        raise FileError(f"{path}: holds other replies, or in another order, than the {len(prompts)} wanted; remove it")
+    return [reply for _, reply in replies]
 
 
 def reply_limit(model: Transformer, max_new_tokens: int) -> int:
@@ -158,5 +158,18 @@ def _as_record(index: int, reply: Reply) -> dict[str, Any]:
     return {"index": index, **vars(reply)}
 
 
-def _as_reply(record: Mapping[str, Any]) -> Reply:
-    return Reply(**{name: value for name, value in record.items() if name != "index"})
+def _read(path: Path, records: Sequence[Any]) -> list[tuple[int, Reply]]:
+    """The replies in a file, each with its index."""
+    entries = [Fields(values, f"{path}, reply {number}") for number, values in enumerate(records)]
+    return [
+        (
+            entry.take("index", int, low=0),
+            Reply(
+                entry.take("text", str, None),
+                entry.take("tokens", int, 0, low=0),
+                entry.take("cut", bool, False),
+                entry.take("turns_dropped", int, 0, low=0),
+            ),
+        )
+        for entry in entries
+    ]

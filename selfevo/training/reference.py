@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfevo.files import FileError, read_json, write_json
+from selfevo.files import read_object, write_json
 from selfevo.lora import disable_adapters
 from selfevo.models.transformer import Transformer
 from selfevo.scoring import packed_logps
@@ -56,10 +56,13 @@ def stored_reference(model: Transformer, pairs: list[PairIds], path: Path, max_t
     """The reference log-probabilities, computed once and stored with what they were computed from."""
     mark = fingerprint(model, pairs)
     if path.is_file():
-        stored = read_json(path)
-        if stored["fingerprint"] != mark:
-            raise FileError(f"{path}: was computed with another model or other pairs; remove it to compute it again")
-        return torch.tensor([stored["chosen"], stored["rejected"]], dtype=torch.float32).T.contiguous()
+        stored = read_object(path)
+        sides = [stored.take_list(side, float) for side in ("chosen", "rejected")]
+        if stored.take("fingerprint", str) != mark:
+            raise stored.fail("was computed with another model or other pairs; remove it to compute it again")
+        if any(len(side) != len(pairs) for side in sides):
+            raise stored.fail(f"should hold a number for each of the {len(pairs)} pairs; remove it to compute it again")
+        return torch.tensor(sides, dtype=torch.float32).T.contiguous()
     reference = reference_logps(model, pairs, max_tokens)
     write_json(path, {"fingerprint": mark, "chosen": reference[:, 0].tolist(), "rejected": reference[:, 1].tolist()})
     return reference

@@ -27,7 +27,10 @@ def train_step(
     total: int,
     settings: TrainSettings,
 ) -> dict[str, Any]:
-    """One optimiser step over one batch, packed to the token budget; returns the statistics, averaged over items."""
+    """One optimiser step over one batch, packed to the token budget; returns the statistics, averaged over items.
+
+    Raises FloatingPointError, before the step is taken, where the loss or the gradient is not finite.
+    """
     started = time.perf_counter()
     rate = learning_rate(step, total, settings)
     for group in optimiser.param_groups:
@@ -45,9 +48,9 @@ def train_step(
     found = _read(sums | {"gradient_norm": norm}, model.device)
     norm_found = found.pop("gradient_norm")
     if not math.isfinite(found["loss"]):
-        raise FloatingPointError(f"step {step}: the loss is {found['loss']}: are the weights or the data damaged?")
+        raise FloatingPointError(f"the loss is {found['loss']}")
     if not math.isfinite(norm_found):
-        raise FloatingPointError(f"step {step}: the gradient is not finite; a lower learning rate may help")
+        raise FloatingPointError("the gradient is not finite")
     optimiser.step()
     record: dict[str, Any] = {"step": step, "learning_rate": rate, "items": len(batch)}
     record |= {name: value / len(batch) for name, value in found.items()}

@@ -16,6 +16,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from conftest import tiny_model
 
 from selfevo.datasets import Pair
 from selfevo.datasets.prompts import reply_prompt
@@ -36,9 +37,10 @@ from selfevo.evaluation.report.figures import (
 from selfevo.evaluation.report.samples import telling_case
 from selfevo.evaluation.score import score_answers
 from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, read_corpus
-from selfevo.evolve.run import open_run
+from selfevo.evolve.run_folder import open_run
 from selfevo.files import read_json, read_jsonl, write_json, write_jsonl
 from selfevo.generate import Reply
+from selfevo.models import save_pretrained
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "report.py"
 ATTACK = "<script>alert('x')</script> & \"so\" </div>"
@@ -126,13 +128,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, count in (("human.json", 10), ("test.json", 8)):
         (folder / name).write_text(json.dumps([dialogue(number) for number in range(count)]))
     data = DataSettings(str(folder / "human.json"), str(folder / "test.json"))
-    config = EvolveConfig(backbone=BackboneSettings("backbone/tiny"), data=data, out=str(folder / "run"))
-    run = open_run(config)
-    corpus = read_corpus(config)
-    write_json(run / "data.json", corpus.report())
-    write_examples(run / "eval", corpus.test)
-    for stage in ("M0", "M1", "M2"):
-        write_stage(run, stage, corpus.test)
+    config = EvolveConfig(
+        backbone=BackboneSettings(str(folder / "backbone" / "tiny")), data=data, out=str(folder / "run")
+    )
+    save_pretrained(tiny_model(), None, folder / "backbone" / "tiny")
+    with open_run(config) as run:
+        corpus = read_corpus(config)
+        write_json(run / "data.json", corpus.report())
+        write_examples(run / "eval", corpus.test)
+        for stage in ("M0", "M1", "M2"):
+            write_stage(run, stage, corpus.test)
     return run
 
 

@@ -16,15 +16,17 @@ from typing import Any
 
 import pytest
 import torch
+from iterate import parse
 from runs import ITERATE, configuration, dialogue, finished, flags, records, world  # noqa: F401
 from safetensors.torch import load_file
 
 from selfevo.datasets import read_pairs
 from selfevo.datasets.encoding import fit_prompt
+from selfevo.evaluation.folder import diverged_stages
 from selfevo.evaluation.report import write_report
 from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, RefineSettings, RunError, TrainSettings, evolve
 from selfevo.evolve.settings import flatten, leaves
-from selfevo.files import FileError
+from selfevo.files import FileError, write_jsonl
 from selfevo.generate import Sampling
 from selfevo.lora import load_adapter
 from selfevo.models import load_model, load_tokenizer
@@ -34,6 +36,7 @@ from selfevo.scoring import response_logps
 def test_a_run_leaves_every_file_of_the_layout(finished: Path) -> None:
     stored = {str(path.relative_to(finished)) for path in finished.rglob("*") if path.is_file()}
     expected = {"config.json", "data.json", "eval/examples.jsonl", "eval/table.md", "eval/scores.json", "M0/sft.json"}
+    expected |= {"ledger.jsonl", "lock"}
     for name in ("M0", "M1", "M2"):
         expected |= {f"{name}/adapter_config.json", f"{name}/adapter_model.safetensors", f"{name}/metrics.jsonl"}
     for name in ("vanilla", "M0", "M1", "M2"):
@@ -234,12 +237,43 @@ def test_a_finished_run_is_not_touched_by_resuming_it(finished: Path, world: Pat
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("adapter_*")}
 
 
+def test_a_stage_that_diverges_is_told_on_the_screen_in_the_table_and_in_the_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the embedded backbone: the tiny random one gains by whatever it is made to forget."""
+    few = ["--limit", "3", "--epochs", "1", "--iterations", "0", "--max-new-tokens", "4"]
+    config, *_ = parse([*few, "--out", str(tmp_path / "run"), "--sft-learning-rate", "0.3"])
+    run = evolve(config)
+    first = records(run / "M0" / "metrics.jsonl")[0]["loss"]
+    sentence = f"M0: diverged: its training loss was {first:.3f} at the start and"  # three dialogues, none held out
+    assert f"warning: {sentence}" in capsys.readouterr().err
+    assert sentence in (run / "eval" / "table.md").read_text()
+    assert sentence in write_report(run).read_text()
+
+
+def test_training_that_goes_well_is_not_said_to_diverge(finished: Path) -> None:
+    assert "diverged" not in (finished / "eval" / "table.md").read_text()
+
+
+def test_the_held_out_loss_or_without_one_the_training_loss_tells_of_divergence(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    rows = records(run / "M2" / "metrics.jsonl")
+    best = min(row["held_out"]["loss"] for row in rows if "held_out" in row)
+    for before, told in ((best - 0.01, True), (best + 0.01, False)):
+        rows[0]["held_out_before"]["loss"] = before
+        (run / "M2" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        assert ("M2: diverged: its held-out loss was" in " ".join(diverged_stages(run))) == told
+    for last, told in ((3.1, True), (2.9, False)):
+        losses = [{"loss": 2.0}, *({"loss": 9.0} for _ in range(18)), {"loss": last}, {"loss": last}]
+        (run / "M1" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in losses))
+        assert ("M1: diverged: its training loss was 2.000" in " ".join(diverged_stages(run))) == told
+
+
 def test_a_reference_of_other_pairs_is_refused(finished: Path, world: Path, tmp_path: Path) -> None:
     run = tmp_path / "copy"
     shutil.copytree(finished, run)
     (run / "M2" / "adapter_config.json").unlink()
-    lines = (run / "M2" / "pairs.jsonl").read_text().splitlines(keepends=True)
-    (run / "M2" / "pairs.jsonl").write_text("".join(lines[:-1]))
+    write_jsonl(run / "M2" / "pairs.jsonl", records(run / "M2" / "pairs.jsonl")[:-1])  # as our code would
     with pytest.raises(FileError, match=r"reference\.json: was computed with another model or other pairs"):
         evolve(configuration(world, run), resume=True)
 

@@ -16,6 +16,7 @@ from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from oracles import dialogue_examples, one_at_a_time
+from safetensors import safe_open
 from torch import Tensor
 from transformers import get_scheduler
 
@@ -447,10 +448,61 @@ def test_a_loss_that_is_not_finite_is_not_saved_as_good(tmp_path: Path, value: f
     model = adapted()
     with pytest.raises(FloatingPointError, match=r"step 0: the loss is (nan|inf)"):
         train(model, Spoilt(dpo(model), value), tmp_path / "a", ONE_BY_ONE)
-    with pytest.raises(FloatingPointError, match="M1, step 1: the held-out loss is not finite"):
+    said = rf"M1, step 0: the held-out loss is {value}; the weights or the data are damaged"
+    with pytest.raises(FloatingPointError, match=said):
         train(model, dpo(model), tmp_path / "b", ONE_BY_ONE, held_out=Spoilt(dpo(model), value), label="M1")
     for folder in ("a", "b"):
         assert not (tmp_path / folder / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("call", "advice"), [(0, "the weights or the data are damaged"), (4, "a lower learning rate")])
+def test_a_statistic_that_is_not_finite_ends_the_training_and_is_not_written(
+    tmp_path: Path, call: int, advice: str, value: float
+) -> None:
+    """A lower learning rate is no advice before a step was taken."""
+    model = adapted()
+    objective, settings = Watched(dpo(model)), replace(ONE_BY_ONE, checkpoint_every=3)
+    real = objective.loss
+
+    def loss(model: Transformer, indices: Sequence[int]) -> tuple[Tensor, dict[str, Any]]:
+        found, statistics = real(model, indices)
+        return found, statistics | ({"chosen_reward": torch.tensor(value)} if len(objective.calls) > call else {})
+
+    objective.loss = loss  # type: ignore[method-assign]
+    with pytest.raises(FloatingPointError, match=rf"M1, step {call}: the chosen_reward is {value}; {advice}"):
+        train(model, objective, tmp_path, settings, label="M1")
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in written] == list(range(call))
+    assert (tmp_path / "checkpoint.safetensors").exists() == (call > 3)
+    fresh = adapted()
+    assert len(train(fresh, dpo(fresh), tmp_path, settings)) == 12  # what was kept is good
+
+
+def test_the_held_out_loss_is_also_taken_before_the_first_step(tmp_path: Path) -> None:
+    model, held_out = adapted(), Scripted([5.0, 3.0, 4.0])
+    before = state(model)
+    metrics = train(model, dpo(model), tmp_path, replace(FAST, epochs=1, evaluations_per_epoch=2), held_out=held_out)
+    assert torch.equal(held_out.seen[0], before)
+    assert metrics[0]["held_out_before"] == {"loss": 5.0}
+    assert [record.get("held_out", {}).get("loss") for record in metrics] == [3.0, 4.0]
+
+
+def test_an_adapter_that_is_not_finite_is_in_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, steps = adapted(), itertools.count(1)
+    real = torch.optim.AdamW.step
+
+    def broken(self: torch.optim.AdamW, closure: Any = None) -> Any:
+        real(self, closure)
+        if next(steps) == 4:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].view(-1)[0] = math.nan
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", broken)
+    with pytest.raises(FloatingPointError, match="M1, step 4: the adapter is not finite"):
+        train(model, dpo(model), tmp_path, replace(ONE_BY_ONE, checkpoint_every=2), label="M1")
+    with safe_open(tmp_path / "checkpoint.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["progress"])["step"] == 2
 
 
 def test_an_adapter_that_the_last_step_broke_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -463,7 +515,7 @@ def test_an_adapter_that_the_last_step_broke_is_not_saved(tmp_path: Path, monkey
             self.param_groups[0]["params"][0].view(-1)[0] = math.nan
 
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
-    with pytest.raises(FloatingPointError, match="M1: the adapter is not finite after the last step"):
+    with pytest.raises(FloatingPointError, match="M1, step 1: the adapter is not finite; a lower"):
         train(model, dpo(model), tmp_path, TrainSettings(batch_size=100, epochs=1), label="M1")
     assert not (tmp_path / "adapter_model.safetensors").exists()
 
@@ -536,9 +588,10 @@ class Scripted:
 def test_training_stops_after_the_patience_and_keeps_the_best_adapter(
     tmp_path: Path, losses: list[float], evaluations: int, best: int
 ) -> None:
-    model, held_out = adapted(), Scripted(losses)
+    model, held_out = adapted(), Scripted([9.0, *losses])  # the first is of the model before any step
     settings = replace(ONE_BY_ONE, evaluations_per_epoch=6, patience=3, epochs=3)
     metrics = train(model, dpo(model), tmp_path, settings, held_out=held_out)
+    held_out.seen.pop(0)
     assert len(held_out.seen) == evaluations == len(metrics)
     assert torch.equal(state(model), held_out.seen[best])
     assert not torch.equal(held_out.seen[best], held_out.seen[-1])
@@ -553,7 +606,7 @@ def test_held_out_statistics_are_means_over_the_items_however_they_are_packed(tm
     settings = replace(FAST, epochs=1, evaluations_per_epoch=1, max_tokens=1)
     metrics = train(model, dpo(model), tmp_path, settings, held_out=held_out)
     assert [("held_out" in record) for record in metrics] == [False, True]
-    assert len(held_out.calls) == len(held_out)
+    assert len(held_out.calls) == 2 * len(held_out)  # before the first step and at the end
     model.eval()
     with torch.no_grad():
         expected = plain_losses("sft", model).mean().item()
@@ -610,15 +663,15 @@ def test_dropout_makes_a_difference(tmp_path: Path) -> None:
 
 
 def test_a_training_interrupted_in_an_evaluation_keeps_its_best_adapter_and_patience(tmp_path: Path) -> None:
-    losses = [3.0, 2.0, 2.5, 2.6, 2.7]
+    losses = [4.0, 3.0, 2.0, 2.5, 2.6, 2.7]
     settings = replace(ONE_BY_ONE, evaluations_per_epoch=3, patience=3)
     model, script = adapted(), Scripted(losses)
     train(model, dpo(model), tmp_path / "whole", settings, held_out=script)
-    assert len(script.seen) == 5
+    assert len(script.seen) == 6
     again = adapted()
     with pytest.raises(IndexError):  # the script ends in the fourth evaluation
-        train(again, dpo(again), tmp_path / "again", settings, held_out=Scripted(losses[:3]))
-    fresh, rest = adapted(), Scripted(losses[3:])
+        train(again, dpo(again), tmp_path / "again", settings, held_out=Scripted(losses[:4]))
+    fresh, rest = adapted(), Scripted(losses[4:])
     train(fresh, dpo(fresh), tmp_path / "again", settings, held_out=rest)
     assert len(rest.seen) == 2
     assert torch.equal(state(fresh), state(model))
@@ -626,7 +679,7 @@ def test_a_training_interrupted_in_an_evaluation_keeps_its_best_adapter_and_pati
 
 def test_a_training_that_had_stopped_early_does_not_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(ONE_BY_ONE, evaluations_per_epoch=6, patience=1)
-    model, script = adapted(), Scripted([2.0, 3.0])
+    model, script = adapted(), Scripted([4.0, 2.0, 3.0])
     with monkeypatch.context() as patch:
         patch.setattr(train_room, "save_adapter", lambda *_, **__: pytest.fail("the power is gone"))
         with pytest.raises(pytest.fail.Exception):
@@ -635,7 +688,7 @@ def test_a_training_that_had_stopped_early_does_not_go_on(tmp_path: Path, monkey
     never = Watched(dpo(fresh), fail_at=0)
     metrics = train(fresh, never, tmp_path, settings, held_out=never)
     assert len(metrics) == 2
-    assert torch.equal(state(fresh), script.seen[0])
+    assert torch.equal(state(fresh), script.seen[1])
 
 
 # Packing

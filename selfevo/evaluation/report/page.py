@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from selfevo.evaluation.folder import (
     VANILLA,
     answered_models,
+    diverged_stages,
     failed_reflections,
     is_stage,
     read_examples,
@@ -73,7 +74,7 @@ def write_report(run: Path, *, embed: Embed | None = None, embed_name: str = "me
         backbone="/".join(Path(settings["backbone"]).parts[-2:]),
         settings=settings,
         decoupled=decoupled,
-        failed=failed_reflections(run),
+        failed=failed_reflections(run) + diverged_stages(run),
         stages=stages,
         missing=[] if decoupled else _not_scored(run, settings),
         sections={heading: content for heading, content in sections.items() if content},
