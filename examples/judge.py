@@ -101,11 +101,13 @@ def make_responder(options: argparse.Namespace, folder: Path) -> Responder:
 
 
 def draw_turns(folder: Path, names: Sequence[str], count: int, seed: int) -> list[str]:
-    """The ids of ``count`` test turns (0: all) that every model has answered, drawn at random, in the file's order."""
+    """The ids of ``count`` test turns (0: all) that every model has answered, drawn at random, in the file's order.
+
+    Where there are none, as in the conversations of a study, each of which is with one model, any model will do."""
     answered = [{example.id for example, _ in read_answers(folder, name)} for name in names]
-    ids = [example.id for example in read_examples(folder) if all(example.id in own for own in answered)]
-    if not ids:
-        raise FileError(f"{folder}: the models {', '.join(names)} have no answered test turn in common")
+    examples = [example.id for example in read_examples(folder)]
+    ids = [id_ for id_ in examples if all(id_ in own for own in answered)]
+    ids = ids or [id_ for id_ in examples if any(id_ in own for own in answered)]
     if not 0 < count < len(ids):
         return ids
     drawn = set(Random(derive_seed(seed, "judge", "contexts")).sample(range(len(ids)), count))

@@ -25,6 +25,12 @@ def derive_seed(seed: int, *names: str | int) -> int:
     ``"plans", "test"``                   plans for the test turns
     ``"judge"``                           a local judge
     ``"chat"``                            a conversation in the terminal
+    ``"study", "block", n``               the models of the n-th block of a study's places
+    ``"study", "scenarios", n``           its scenarios, likewise
+    ``"study", "sides", place, turn``     the sides of a turn
+    ``"study"``                           the draws of all replies in a study
+    ``"study", "reply", place, turn, X``  the key of the reply on side X
+    ``"study", "judged", conversation``   which of its replies a judge sees
     of a training stage's seed
     ``"adapter"``                         the initial weights of its adapter
     ``"order", epoch``                    the order of an epoch's items

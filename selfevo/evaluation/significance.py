@@ -91,6 +91,13 @@ def compare(
     return Comparison(float(differences.mean()), low, high, _sign_flip(sums, samples, seed))
 
 
+def sign_test(wins: int, losses: int) -> float:
+    """The two-sided p-value of the exact sign test: the chance of a split at least as uneven where both sides are
+    equally likely. Ties are left out beforehand (Dixon and Mood 1946); 1.0 where nothing is left."""
+    count, fewer = wins + losses, min(wins, losses)
+    return min(1.0, 2 * sum(math.comb(count, k) for k in range(fewer + 1)) / 2**count)
+
+
 def pearson(first: Values, second: Values, *, level: float = 0.95) -> tuple[float, float, float]:
     """Pearson's correlation of two (N,) lists and the ends of its interval by Fisher's z transformation.
 

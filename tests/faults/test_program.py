@@ -16,7 +16,19 @@ from program import program
 from selfevo.files import FileError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-COMMANDS = ("abilities", "ablate", "chat", "decoupled", "describe", "evaluate", "export", "iterate", "judge", "report")
+COMMANDS = (
+    "abilities",
+    "ablate",
+    "chat",
+    "decoupled",
+    "describe",
+    "evaluate",
+    "export",
+    "iterate",
+    "judge",
+    "report",
+    "study",
+)
 
 
 def command(work: Callable[[], object]) -> Callable[[], int]:

@@ -131,6 +131,42 @@ def phrases_figure(caption: str, phrases: Sequence[str], shares: Mapping[str, Se
         return _drawing(figure, caption, "Frequent phrases: share of each model's replies that hold them")
 
 
+def ratings_figure(
+    aspects: Sequence[str], means: Mapping[str, Sequence[float]], ends: Mapping[str, Sequence[tuple[float, float]]]
+) -> Drawing:
+    """Figure 3: for each aspect a bar per model at the mean of people's scores, with its interval."""
+    with _panels(1, height=0.8 + 0.32 * len(aspects) * len(means), width=5.0) as (figure, (axes,)):
+        width = 0.8 / len(means)
+        for number, (name, colour) in enumerate(zip(means, cycle((GREY, BLUE, ORANGE, GREEN, PURPLE)))):
+            places = np.arange(len(aspects)) + (number - (len(means) - 1) / 2) * width
+            values, low_high = np.array(means[name]), np.array(ends[name]).T  # (A,), (2, A)
+            errors = np.abs(low_high - values)
+            axes.barh(places, values, 0.9 * width, color=colour, alpha=0.8, label=name)
+            axes.errorbar(values, places, xerr=errors, fmt="none", ecolor=TEXT, elinewidth=1, capsize=2)
+        axes.set_yticks(np.arange(len(aspects)), aspects)
+        axes.set(xlim=(1, 5), ylim=(len(aspects) - 0.5, -0.5), xlabel="mean score, 1 to 5")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=min(5, len(means)))
+        return _drawing(
+            figure, "People's scores and 95 % intervals", "Mean scores by model and aspect, as in the table"
+        )
+
+
+def votes_figure(votes: Mapping[tuple[str, str], tuple[int, int, int]]) -> Drawing:
+    """Figure 4: a bar per pair of models, divided into the first one's wins, ties, and the other one's wins."""
+    with _panels(1, height=0.9 + 0.5 * len(votes), width=5.0) as (figure, (axes,)):
+        shares = np.array([100 * np.array(counts) / max(1, sum(counts)) for counts in votes.values()])  # (P, 3)
+        starts = shares.cumsum(axis=1) - shares
+        for part, (label, colour) in enumerate(zip(("first wins", "tie", "second wins"), (BLUE, GREY, ORANGE))):
+            bars = axes.barh(range(len(votes)), shares[:, part], left=starts[:, part], color=colour, label=label)
+            axes.bar_label(
+                bars, [f"{s:.0f} %" if s >= 8 else "" for s in shares[:, part]], label_type="center", color="w"
+            )
+        axes.set_yticks(range(len(votes)), [f"{first} vs {second}" for first, second in votes])
+        axes.set(xlim=(0, 100), ylim=(len(votes) - 0.5, -0.5), xlabel="% of turns")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.4, 1.0), ncols=3)
+        return _drawing(figure, "People's votes", "Wins, ties and losses by pair of models, as in the table")
+
+
 @contextmanager
 def _panels(rows: int, *, height: float, width: float) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure (inches) outside of matplotlib's global state, and its rows of axes on one horizontal scale."""
