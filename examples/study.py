@@ -88,6 +88,7 @@ def serve(options: argparse.Namespace) -> None:
     config = read_settings(options.run, EvolveConfig)
     if options.participants < 1:
         raise RunError(f"--participants should be at least 1, not {options.participants}")
+    options.out.mkdir(mode=0o700, parents=True, exist_ok=True)  # what people write is for the researcher alone
     texts = read_texts(options.out / "texts")
     settings = StudySettings(
         options.mode, tuple(options.models), TURNS[options.mode] if options.turns is None else options.turns,
@@ -132,9 +133,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 def write_invitations(store: Store, path: Path, number: int, address: str) -> None:
     """Adds the links that are still missing to a file, which the researcher hands out and then removes."""
-    links = read_text(path).splitlines() if path.exists() else []
     new = store.invite(max(0, number - store.invited()))
-    write_text(path, "".join(f"{link}\n" for link in [*links, *(f"{address}/return/{token}" for token in new)]))
+    if new:
+        links = "".join(f"{address}/return/{token}\n" for token in new)
+        write_text(path, (read_text(path) if path.exists() else "") + links)
 
 
 @program(memory="lower --slots of the run, or take a smaller backbone", interrupted="the same command goes on")

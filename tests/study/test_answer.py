@@ -97,11 +97,16 @@ def test_the_command_serves_a_run_and_goes_on_with_its_study(tmp_path: Path) -> 
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     for mode in ("pointwise", "pairwise"):
-        process = serve(mode)
+        process = serve(mode, *(["--invitations", "--participants", "2"] if mode == "pairwise" else []))
         assert process.stdout is not None
         line = process.stdout.readline()
         port = int(line.rpartition(":")[2])
         people = [Participant("127.0.0.1", port, str(number)) for number in range(2)]
+        if mode == "pairwise":
+            links = (tmp_path / mode / "invitations.txt").read_text().split()
+            for person, link in zip(people, links, strict=True):
+                assert person.request("GET", link.partition(str(port))[2])[0] == 303
+        assert (tmp_path / mode).stat().st_mode & 0o077 == 0  # for the researcher alone
         together(people)
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from html import unescape
 from pathlib import Path
@@ -204,6 +205,25 @@ def test_too_many_forms_in_a_minute_are_refused(site: Make) -> None:
     assert set(statuses) == {400, 429}
     assert statuses.index(429) >= 35
     assert other.send("say", at(other, "say") | {"text": "x"})[0] == 303
+
+
+def test_a_page_that_waits_loads_itself_again_where_there_is_no_javascript(site: Make) -> None:
+    done = threading.Event()
+
+    def respond(name: str, requests: Any, on_reply: Any) -> None:
+        done.wait(60)
+        on_reply(0, "there")
+
+    place = site(respond)
+    person = place.participant()
+    person.send("say", at(person, "say") | {"text": "hello"})
+    page = person.page()
+    assert '<noscript><meta http-equiv="refresh"' in page
+    assert "is writing" in page
+    assert not person.forms(page)
+    done.set()
+    assert "there" in person.settled()
+    assert "refresh" not in person.page()
 
 
 def test_names_of_models_never_reach_the_browser(site: Make) -> None:
