@@ -32,6 +32,7 @@ from selfevo.study.plan import POINTWISE, StudySettings
 from selfevo.study.store import Store
 from selfevo.study.texts import read_texts
 
+LOOK = 0.5  # seconds; the pages' script looks every 0.7
 FORM = re.compile(
     r'<form method="post" action="/(\w+)">\s*<input type="hidden" name="seal" value="(\w+)">\s*'
     r'(?:<input type="hidden" name="number" value="(\d+)">)?'
@@ -50,6 +51,7 @@ class Participant:
     seconds: list[float] = field(default_factory=list)  # of each request
     waits: list[float] = field(default_factory=list)  # for each reply, or pair of them
     pause: float = 0.0  # seconds at most before each step, at random
+    look: float = 0.05  # seconds between two looks whether a reply is there
     connection: http.client.HTTPConnection | None = None
 
     def request(self, method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, str]:
@@ -84,7 +86,7 @@ class Participant:
     def settled(self) -> str:
         """The page of the conversation once no reply is waited for."""
         while 'data-waits="yes"' in (page := self.page()):
-            time.sleep(0.05)
+            time.sleep(self.look)
         return page
 
     def forms(self, page: str) -> dict[str, dict[str, str]]:
@@ -179,13 +181,13 @@ def main() -> None:
     parser.add_argument("url", nargs="?", metavar="STUDY_URL", help="a study that is being served")
     parser.add_argument("--participants", type=int, help="at once (default: 8, without a study 50)")
     parser.add_argument("--turns", type=int, default=8, help="of each, without a study (default: 8)")
-    parser.add_argument("--pause", type=float, default=1.0, help="seconds at most before each step (default: 1)")
+    parser.add_argument("--pause", type=float, default=10.0, help="seconds at most before each step (default: 10)")
     options = parser.parse_args()
     if options.url:
         address = urlsplit(options.url)
         host, port = address.hostname or "", address.port or 80
         for number in (1, options.participants or 8):
-            group = [Participant(host, port, f"p{n}", pause=options.pause) for n in range(number)]
+            group = [Participant(host, port, f"p{n}", pause=options.pause, look=LOOK) for n in range(number)]
             together(group)
             tell(group, f"{number} participants")
         return
@@ -195,7 +197,7 @@ def main() -> None:
         store = Store(Path(folder), StudySettings(POINTWISE, ("M0", "M1"), options.turns, tuple(texts.aspects), ""))
         answerer = Answerer(store, answer_at_once)
         with serving(Pages(store, texts, answerer.wake, lambda text: True, most=number), answerer) as port:
-            group = [Participant("127.0.0.1", port, f"p{n}", pause=options.pause) for n in range(number)]
+            group = [Participant("127.0.0.1", port, f"p{n}", pause=options.pause, look=LOOK) for n in range(number)]
             together(group)
         tell(group, f"{number} participants, answered at once")
         finished = sum(session.state == "finished" for session in store.sessions())
