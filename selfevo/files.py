@@ -39,6 +39,7 @@ __all__ = [
     "hold_folder",
     "locate",
     "one_line",
+    "read_bytes",
     "read_json",
     "read_jsonl",
     "read_object",
@@ -336,7 +337,7 @@ def write_jsonl(path: StrPath, records: Iterable[Any], *, grows: bool = False) -
 
 def read_text(path: StrPath) -> str:
     """The UTF-8 text of a file. Raises ``FileError`` (missing, no regular file, not to be read, not UTF-8)."""
-    return _decode(path, _read_bytes(path))
+    return _decode(path, read_bytes(path))
 
 
 def read_object(path: StrPath) -> Fields:
@@ -437,7 +438,7 @@ def resume_jsonl(path: StrPath) -> list[Any]:
     """
     if not os.path.exists(path):
         return []
-    data = _read_bytes(path)
+    data = read_bytes(path)
     end = data.rfind(b"\n") + 1
     values = [value for _, value in _json_lines(path, _decode(path, data[:end]))]
     os.truncate(path, end)
@@ -527,7 +528,8 @@ def _open(path: StrPath) -> Iterator[BinaryIO]:
         raise FileError(f"{str(path)!r}: cannot be the name of a file; check the path") from error
 
 
-def _read_bytes(path: StrPath) -> bytes:
+def read_bytes(path: StrPath) -> bytes:
+    """The content of a file. Raises ``FileError`` (missing, no regular file, not to be read)."""
     with _open(path) as file:
         return file.read()
 

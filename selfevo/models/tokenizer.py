@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import tokenizers
 
 from selfevo.dialogue import Messages
-from selfevo.files import locate, read_json
+from selfevo.files import Fields, FileError, locate, read_bytes, read_object, read_text
 from selfevo.models.chat import ChatError, ChatFormat, PlainChat, check_messages
 from selfevo.models.llama import Llama3Chat
 from selfevo.models.mistral import MistralChat
@@ -33,10 +35,43 @@ _QWEN2_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _ASCII_BYTE = re.compile("<0x[0-7][0-9A-F]>")
+_LARGEST_ID = 2**24
+_SAMPLE = "It's 12 o'clock,\n\tna\u00efve \u6c49 \U0001f642"  # every tokenizer has to make something of it
 
 
-class TokenizerError(ValueError):
+class TokenizerError(FileError):
     """A tokenizer folder that cannot be used; the message names the file and what to do."""
+
+
+@contextmanager
+def _reading(path: Path | None, task: str) -> Iterator[None]:
+    """Around calls of the tokenizer libraries: they raise bare Exceptions, and panics that are none."""
+    try:
+        yield
+    except (FileError, MemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        said = f" ({error})" if type(error).__name__ in ("Exception", "PanicException", "RuntimeError") else ""
+        raise TokenizerError(f"{path}: {task}{said}") from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Without what those libraries themselves write on stderr, which is no file of Python's."""
+    try:
+        stderr = os.dup(2)
+    except OSError:  # there is none
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), 2)
+        yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 class JsonBackend:
@@ -46,22 +81,34 @@ class JsonBackend:
     the longest token.
     """
 
-    def __init__(self, settings: dict[str, Any], markers: set[str], path: Path) -> None:
-        try:
-            added = list(settings.get("added_tokens", []))
-            for token in added:  # encode_special_tokens acts on tokens marked special only: mark every control token
-                token["special"] = token["special"] or token["content"] in markers
-            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(settings | {"added_tokens": added}))
-        except Exception as error:  # the library raises bare Exceptions
-            raise TokenizerError(f"{path}: not a tokenizer.json that can be read: {error}") from error
-        self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self.special = {token["content"]: int(token["id"]) for token in added if token["special"]}
-        vocabulary = self._tokenizer.get_vocab()
+    def __init__(self, settings: Fields, markers: set[str], path: Path) -> None:
+        self._path = path
+        known: dict[str, int] = {}
+        added = settings.take_list("added_tokens", dict, [])
+        for index, values in enumerate(added):
+            token = Fields(values, f"{path}, added token {index}")
+            content = token.take("content", str)
+            # encode_special_tokens acts on tokens marked special only: mark every control token
+            values["special"] = token.take("special", bool, False) or content in markers
+            if not content:
+                raise token.fail("'content' should not be empty")
+            known[content] = token.take("id", int, low=0, high=_LARGEST_ID)
+        with _silence(), _reading(path, "not a tokenizer.json that can be read"):
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(settings.values | {"added_tokens": added}))
+            self._tokenizer.encode_special_tokens = True
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+            vocabulary = self._tokenizer.get_vocab()
+        _check_ids(path, vocabulary)
+        for content, id_ in known.items():
+            if vocabulary.get(content) != id_:
+                raise TokenizerError(
+                    f"{path}: the token {content!r} is given two ids, {id_} and {vocabulary.get(content)}"
+                )
+        self.special = {values["content"]: values["id"] for values in added if values["special"]}
         self.size, self.longest = 1 + max(vocabulary.values()), max(map(len, vocabulary))
         # sentencepiece puts a space before every text; Metaspace does so unless the text begins with a space already
-        scheme = _metaspace_scheme(settings.get("pre_tokenizer"))
+        scheme = _metaspace_scheme(settings.take("pre_tokenizer", dict, {}))
         self._dummy_space = scheme not in (None, "never")
         # "first" means at the beginning of the whole text: elsewhere a token that no text holds takes that place.
         self._before: tuple[str, int] | None = None
@@ -69,6 +116,7 @@ class JsonBackend:
             mark = secrets.token_hex(16)
             self._tokenizer.add_tokens([tokenizers.AddedToken(mark, special=False, normalized=False)])
             self._before = mark, self.size
+        _try(self, path)
 
     def encode(self, text: str) -> list[int]:
         return self._encode(" " + text if self._dummy_space and text.startswith(" ") else text)
@@ -81,11 +129,13 @@ class JsonBackend:
         return ids[ids.index(known) + 1 :]
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        with _reading(self._path, f"this tokenizer cannot write {text[:80]!r}"):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: list[int]) -> str:
-        return str(self._tokenizer.decode([i for i in ids if i < self.size], skip_special_tokens=True))
+        with _reading(self._path, "this tokenizer cannot decode what it wrote"):
+            return str(self._tokenizer.decode([i for i in ids if i < self.size], skip_special_tokens=True))
 
     def pieces(self, before: list[int]) -> list[str]:
         rows = [[*before, i] for i in range(self.size)]
@@ -95,9 +145,29 @@ class JsonBackend:
         ]
 
 
-def _metaspace_scheme(pre_tokenizer: dict[str, Any] | None) -> str | None:
+def _try(backend: Backend, path: Path) -> None:
+    """Refuses a tokenizer that panics, or makes nothing of a text."""
+    with _silence():
+        if not backend.decode(backend.encode(_SAMPLE)):
+            raise TokenizerError(f"{path}: makes nothing of the text {_SAMPLE!r}: are tokens missing?")
+
+
+def _check_ids(path: Path, vocabulary: Mapping[str, int]) -> None:
+    """Every token has an id of its own, and few ids have no token: what is made per id would be vast, or wrong."""
+    if not vocabulary or not any(vocabulary):
+        raise TokenizerError(f"{path}: has no tokens")
+    owners: dict[int, str] = {}
+    for token, id_ in vocabulary.items():
+        if owners.setdefault(id_, token) != token:
+            raise TokenizerError(f"{path}: the id {id_} has two tokens, {owners[id_]!r} and {token!r}")
+    if not 0 <= min(owners) <= max(owners) < 2 * len(owners) + 2**16:
+        token = owners[max(owners)]
+        raise TokenizerError(f"{path}: the id of {token!r} is {max(owners)}, but there are only {len(owners)} tokens")
+
+
+def _metaspace_scheme(pre_tokenizer: dict[str, Any]) -> str | None:
     """When a tokenizer.json in sentencepiece's manner puts a space before a text: always, first, never; else None."""
-    for step in (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}]):
+    for step in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
         if step.get("type") == "Metaspace":
             return str(step.get("prepend_scheme", "always"))
     return None
@@ -109,27 +179,31 @@ class SentencePieceBackend:
     def __init__(self, path: Path, added: dict[str, int]) -> None:
         import sentencepiece  # rarely needed: most folders have a tokenizer.json
 
+        self._path = path
         self._model = sentencepiece.SentencePieceProcessor()
-        try:
-            self._model.Load(str(path))
-        except (RuntimeError, OSError) as error:
-            hint = "Llama-3's original tokenizer.model is not one: use its tokenizer.json"
-            raise TokenizerError(f"{path}: not a sentencepiece model ({hint})") from error
-        self._pieces = self._model.GetPieceSize()
+        hint = "not a sentencepiece model; Llama-3's original tokenizer.model is not one: use its tokenizer.json"
+        with _silence(), _reading(path, hint):
+            self._model.LoadFromSerializedProto(read_bytes(path))
+            self._pieces: int = self._model.GetPieceSize()
+            own = {self._model.IdToPiece(i): i for i in range(self._pieces)}
         control = [i for i in range(self._pieces) if self._model.IsControl(i) or self._model.IsUnknown(i)]
+        _check_ids(path, own | added)
         self.special = {self._model.IdToPiece(i): i for i in control} | added
         self.size = 1 + max(self._pieces - 1, *added.values()) if added else self._pieces
-        self.longest = max(len(self._model.IdToPiece(i)) for i in range(self._pieces))
+        self.longest = max(map(len, own))
+        _try(self, path)
 
     def encode(self, text: str) -> list[int]:
-        return list(self._model.Encode(text))
+        with _reading(self._path, f"this tokenizer cannot write {text[:80]!r}"):
+            return list(self._model.Encode(text))
 
     def encode_run(self, text: str, *, first: bool) -> list[int]:
         # A newline is a byte that no piece goes on from, so what follows it is encoded as it would be anywhere.
         return self.encode(text) if first else self.encode("\n" + text)[len(self.encode("\n")) :]
 
     def decode(self, ids: list[int]) -> str:
-        return str(self._model.Decode([i for i in ids if i < self._pieces]))
+        with _reading(self._path, "this tokenizer cannot decode what it wrote"):
+            return str(self._model.Decode([i for i in ids if i < self._pieces]))
 
     def pieces(self, before: list[int]) -> list[str]:
         texts = self._model.Decode([[*before, i] for i in range(self._pieces)])
@@ -138,29 +212,47 @@ class SentencePieceBackend:
         return texts + [""] * (self.size - self._pieces)
 
 
-def _from_vocab_and_merges(folder: Path, settings: dict[str, Any], added: dict[str, int]) -> dict[str, Any]:
-    """What a ``tokenizer.json`` would hold, from the ``vocab.json`` and ``merges.txt`` of a byte-level BPE."""
-    model = tokenizers.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-    tokenizer = tokenizers.Tokenizer(model)
-    is_qwen2 = str(settings.get("tokenizer_class", "")).startswith("Qwen2")
-    steps: list[Any] = [tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not is_qwen2)]
-    if is_qwen2:
+def _from_vocab_and_merges(folder: Path, kind: str, added: dict[str, int]) -> Fields:
+    """What a ``tokenizer.json`` would hold, from the ``vocab.json`` and ``merges.txt`` of a byte-level BPE, whose
+    published class is ``kind``."""
+    path = folder / "vocab.json"
+    words = read_object(path)
+    vocabulary = {token: words.take(token, int, low=0, high=_LARGEST_ID) for token in words.values}
+    lines = read_text(folder / "merges.txt").split("\n")
+    merges: list[tuple[str, str]] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.startswith("#version"):
+            first, _, second = line.rstrip("\r").partition(" ")
+            if not (first and second) or " " in second:
+                raise TokenizerError(f"{folder / 'merges.txt'}, line {number}: {line[:80]!r} should be two tokens")
+            merges.append((first, second))
+    with _silence(), _reading(folder / "merges.txt", f"does not go with {path.name}"):
+        tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    steps: list[Any] = [tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "Qwen2")]
+    if kind == "Qwen2":
         tokenizer.normalizer = tokenizers.normalizers.NFC()
         steps.insert(0, tokenizers.pre_tokenizers.Split(tokenizers.Regex(_QWEN2_PATTERN), "isolated"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     content: dict[str, Any] = json.loads(tokenizer.to_str())
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    content["added_tokens"] = [{"id": id_, "content": token, **flags} for token, id_ in sorted(added.items())]
-    return content
+    content["added_tokens"] = [
+        {"id": id_, "content": token, **flags} for token, id_ in sorted(added.items(), key=lambda item: item[1])
+    ]
+    return Fields(content, str(path))
 
 
-def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[str, int]:
+def _added_tokens(folder: Path, settings: Fields) -> dict[str, int]:
     """The tokens beyond a vocabulary's own, from either place where transformers keeps them."""
     path = folder / "added_tokens.json"
-    added = dict(read_json(path)) if path.is_file() else {}
-    for id_, token in settings.get("added_tokens_decoder", {}).items():
-        added[token["content"]] = int(id_)
+    entries = read_object(path) if path.is_file() else Fields({}, str(path))
+    added = {token: entries.take(token, int, low=0, high=_LARGEST_ID) for token in entries.values}
+    decoder = Fields(settings.take("added_tokens_decoder", dict, {}), f"{settings.where}, added_tokens_decoder")
+    for id_ in decoder.values:
+        token = Fields(decoder.take(id_, dict), f"{decoder.where}, {id_!r}").take("content", str)
+        if not re.fullmatch("[0-9]{1,8}", id_) or not token:
+            raise decoder.fail(f"{id_!r} should be the id of a token, which is not empty: {token!r}")
+        added[token] = int(id_)
     return added
 
 
@@ -247,23 +339,24 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, chat_form
     The chat format is the template in the folder (for the published ones of Llama-3, Qwen2 and Mistral-v0.3 our own
     code, which gives the same ids); without a template it is the one of these whose control tokens are in the
     vocabulary, or else the plain format for base models. ``chat_format`` (llama3, qwen2, mistral or plain) forces one.
-    Turns also stop at the ids of ``generation_config.json`` and at the tokenizer's end token. Raises
-    :class:`TokenizerError`.
+    Turns also stop at the ids of ``generation_config.json`` and at the tokenizer's end token. Raises ``FileError``,
+    which :class:`TokenizerError` is.
     """
     folder = locate(source, patterns=FILES, revision=revision)
     config = folder / "tokenizer_config.json"
-    settings = _read_object(config) if config.is_file() else {}
+    settings = read_object(config) if os.path.lexists(config) else Fields({}, str(config))
     named = {key: token for key in _TOKEN_NAMES if (token := _token(settings, key))}
     markers = {marker for chat in FORMATS for marker in chat.markers} | set(named.values())
     added = _added_tokens(folder, settings)
+    kind = settings.take("tokenizer_class", str, "")
     backend: Backend
-    if (folder / "tokenizer.json").is_file():
-        path = folder / "tokenizer.json"
-        backend = JsonBackend(_read_object(path), markers, path)
-    elif (folder / "tokenizer.model").is_file():
-        backend = SentencePieceBackend(folder / "tokenizer.model", added)
-    elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        backend = JsonBackend(_from_vocab_and_merges(folder, settings, added), markers, folder / "vocab.json")
+    if os.path.lexists(path := folder / "tokenizer.json"):
+        backend = JsonBackend(read_object(path), markers, path)
+    elif os.path.lexists(path := folder / "tokenizer.model"):
+        backend = SentencePieceBackend(path, added)
+    elif os.path.lexists(path := folder / "vocab.json") and os.path.lexists(folder / "merges.txt"):
+        kind = "Qwen2" if kind.startswith("Qwen2") else kind
+        backend = JsonBackend(_from_vocab_and_merges(folder, kind, added), markers, path)
     else:
         raise TokenizerError(
             f"{folder}: neither tokenizer.json nor tokenizer.model is there, nor vocab.json and merges.txt"
@@ -275,25 +368,25 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, chat_form
     return tokenizer
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path}: should hold a JSON object, not a {type(value).__name__}")
-    return value
-
-
 def _stops(folder: Path, backend: Backend, named: dict[str, str]) -> list[int]:
     """The ids at which generation ends, by the checkpoint's own files."""
     path = folder / "generation_config.json"
-    stops = _read_object(path).get("eos_token_id") if path.is_file() else None
-    found = [stops] if isinstance(stops, int) else [stop for stop in stops or () if isinstance(stop, int)]
+    settings = read_object(path) if os.path.lexists(path) else Fields({}, str(path))
+    limits = {"low": 0, "high": _LARGEST_ID}
+    if isinstance(settings.values.get("eos_token_id"), list):
+        found: list[int] = settings.take_list("eos_token_id", int, **limits)
+    else:
+        one = settings.take("eos_token_id", int, None, **limits)
+        found = [] if one is None else [one]
+    if found and max(found) >= backend.size:
+        raise settings.fail(f"'eos_token_id' {max(found)} is no id of the vocabulary, which has {backend.size}")
     if named.get("eos_token") in backend.special:
         found.append(backend.special[named["eos_token"]])
     return found
 
 
 def _choose_format(
-    folder: Path, settings: dict[str, Any], backend: Backend, named: dict[str, str], name: str | None
+    folder: Path, settings: Fields, backend: Backend, named: dict[str, str], name: str | None
 ) -> ChatFormat:
     available = {chat.name: chat for chat in FORMATS if all(marker in backend.special for marker in chat.markers)}
     if name is not None:
@@ -305,20 +398,22 @@ def _choose_format(
                 f"{folder}: the chat format {name!r} cannot be written with this vocabulary; {known} can"
             )
         return available[name]
-    template = _template(folder, settings)
-    if template is None:
+    found = _template(folder, settings)
+    if found is None:
         return next(iter(available.values()), None) or _plain(folder, named, backend)
-    fingerprint = hashlib.sha256(template.strip().encode()).hexdigest()
+    template, path = found
+    fingerprint = hashlib.sha256(template.strip().encode(errors="surrogatepass")).hexdigest()
     for chat in available.values():
         if fingerprint in chat.templates or template.strip() == chat.jinja.strip():
             return chat
     from selfevo.models.chat_template import TemplateChat  # Jinja2, which most folders do not need
 
     try:
-        return TemplateChat(template, named, backend.special)
+        return TemplateChat(template, named, backend.special, str(path))
     except ChatError as error:
+        reason = str(error).removeprefix(f"{path} ")
         raise TokenizerError(
-            f"{folder}: its chat template cannot be used ({error}); --chat-format {', '.join([*available, 'plain'])} "
+            f"{path}: its chat template cannot be used ({reason}); --chat-format {', '.join([*available, 'plain'])} "
             "forces another format"
         ) from error
 
@@ -333,16 +428,23 @@ def _plain(folder: Path, named: dict[str, str], backend: Backend) -> PlainChat:
     return PlainChat(backend.special.get(bos) if bos else None, backend.special[eos])
 
 
-def _template(folder: Path, settings: dict[str, Any]) -> str | None:
-    """The default chat template, from either of the two files where transformers keeps it."""
+def _template(folder: Path, settings: Fields) -> tuple[str, Path] | None:
+    """The default chat template, and which of the two files where transformers keeps it has it."""
     path = folder / "chat_template.jinja"
-    template = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
-    if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template}.get("default")
-    return template if isinstance(template, str) else None
+    if os.path.lexists(path):
+        return read_text(path), path
+    if not isinstance(settings.values.get("chat_template"), list):
+        template = settings.take("chat_template", str, None)
+    else:
+        entries = [Fields(entry, settings.where) for entry in settings.take_list("chat_template", dict)]
+        templates = {entry.take("name", str): entry.take("template", str) for entry in entries}
+        template = templates.get("default")
+    return None if template is None else (template, Path(settings.where))
 
 
-def _token(settings: dict[str, Any], key: str) -> str | None:
-    value = settings.get(key)
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
+def _token(settings: Fields, key: str) -> str | None:
+    """A named token: its text, or an object with it."""
+    if isinstance(settings.values.get(key), dict):
+        return str(Fields(settings.take(key, dict), f"{settings.where}, {key}").take("content", str))
+    token: str | None = settings.take(key, str, None)
+    return token
