@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,10 +25,12 @@ from typing import Any
 from program import program
 
 from selfevo.evaluation.folder import VANILLA, is_stage, stage_names
+from selfevo.evaluation.origin import first_difference
 from selfevo.evaluation.report import add_table, write_report
 from selfevo.evaluation.tables import markdown_table
 from selfevo.evolve import BackboneSettings, load_backbone, read_settings
-from selfevo.files import read_json, write_json, write_text
+from selfevo.evolve.evaluate import origin_of
+from selfevo.files import Fields, folder_hash, read_json, read_object, write_json, write_text
 from selfevo.lora import load_adapter, merge_adapters, remove_adapters
 from selfevo.models import save_pretrained
 
@@ -92,26 +95,61 @@ def measure(folder: Path, tasks: Sequence[str], options: argparse.Namespace) -> 
 
 
 def measure_run(run: Path, options: argparse.Namespace, known: dict[str, Cells]) -> dict[str, Cells]:
-    """The cells of every model of a run, by name; ``RUN/abilities.json`` keeps them. ``known`` has those of the vanilla
-    backbones of earlier runs, by their source."""
+    """The cells of every model of a run, by name; ``RUN/abilities.json`` keeps them with what they were measured with.
+    ``known`` has those of the vanilla backbones of earlier runs, by their content."""
     path, backbone = run / "abilities.json", read_settings(run, BackboneSettings)
     settings = {"limit": options.limit, "shots": options.shots, "dtype": options.dtype}
-    stored = read_json(path) if path.is_file() else {"settings": settings, "models": {}}
-    if stored["settings"] != settings:
-        raise ValueError(f"{path}: was measured with {stored['settings']}; remove it to measure with other settings")
-    models: dict[str, Cells] = stored["models"]
-    models.setdefault(VANILLA, {}).update(known.get(backbone.source, {}))
+    models = read_cells(path, settings)
     stages = [name for name in stage_names(run) if is_stage(name) and (run / name / "adapter_config.json").is_file()]
-    for name in (VANILLA, *stages):
-        missing = [task for task in options.tasks if task not in models.setdefault(name, {})]
+    origins = {name: origin_of(backbone, None if name == VANILLA else run / name) for name in (VANILLA, *stages)}
+    tasks = {"lm_eval": version("lm_eval"), "include_sha256": tasks_hash(options.include_path)}
+    content = f"{origins[VANILLA]['backbone_sha256']} {backbone.chat_format}"
+    models.setdefault(VANILLA, {}).update(known.get(content, {}))
+    for name, origin in origins.items():
+        made_from = {key: value for key, value in origin.items() if key not in ("model", "dtype")} | tasks
+        cells = models.setdefault(name, {})
+        for task in options.tasks:  # versions before noted no origin
+            if difference := first_difference(made_from | cells.get(task, {}).get("origin", {}), made_from):
+                raise ValueError(f"{path}: {name} was measured on {task} otherwise ({difference}); remove it to go on")
+        missing = [task for task in options.tasks if task not in cells]
         if missing:
             print(f"{run}: {name} on {', '.join(missing)}", flush=True)
-            adapter = None if name == VANILLA else run / name
-            with checkpoint(backbone, adapter, options.scratch) as folder:
-                models[name].update(measure(folder, missing, options))
-            write_json(path, stored)
-    known[backbone.source] = models[VANILLA]
-    return {name: {task: models[name][task] for task in options.tasks} for name in (VANILLA, *stages)}
+            with checkpoint(backbone, None if name == VANILLA else run / name, options.scratch) as folder:
+                found = measure(folder, missing, options)
+            cells.update({task: cell | {"origin": made_from} for task, cell in found.items()})
+            write_json(path, {"settings": settings, "models": models})
+    known[content] = models[VANILLA]
+    return {name: {task: models[name][task] for task in options.tasks} for name in origins}
+
+
+def read_cells(path: Path, settings: dict[str, Any]) -> dict[str, Cells]:
+    """What ``abilities.json`` has of each model, checked; nothing where there is no such file. Raises ValueError where
+    it was measured with other settings."""
+    if not path.exists():
+        return {}
+    stored = read_object(path)
+    if difference := first_difference(stored.take("settings", dict), settings):
+        raise ValueError(f"{path}: was measured otherwise ({difference}); remove it to measure with other settings")
+    models = Fields(stored.take("models", dict), f"{path}, 'models'")
+    for name in models.values:
+        for task, value in models.take(name, dict).items():
+            cell = Fields(value, f"{path}, {name} on {task}")
+            cell.take("value", float)
+            cell.take("stderr", float, None)
+            cell.take("origin", dict, {})
+    return models.values
+
+
+def tasks_hash(folder: str | None) -> str:
+    """The content of the tasks of one's own."""
+    return folder_hash(Path(folder), ("**/*.yaml", "**/*.py")) if folder else ""
+
+
+def labels(runs: Sequence[Path]) -> list[str]:
+    """What each run after the first is called before its models' names: its folder's name where that tells them
+    apart."""
+    names = [run.resolve().name for run in runs]
+    return ["", *(f"{name if names.count(name) == 1 else run} " for name, run in zip(names[1:], runs[1:]))]
 
 
 def table(rows: dict[str, Cells], tasks: Sequence[str]) -> str:
@@ -146,13 +184,17 @@ def main() -> int:
         import lm_eval  # noqa: F401
     except ImportError as error:
         raise ValueError("this needs lm-evaluation-harness: pip install 'selfevo[abilities]'") from error
+    for flag, given in (("RUN", [run.resolve() for run in options.runs]), ("--tasks", options.tasks)):
+        if len(set(given)) < len(given):
+            raise ValueError(f"{flag}: one is given twice; give each once")
+    if options.limit < 0 or (options.shots or 0) < 0:
+        raise ValueError("--limit and --shots are numbers of questions, 0 or more")
     known: dict[str, Cells] = {}
     rows: dict[str, Cells] = {}
-    for run in options.runs:
-        prefix = "" if run == options.runs[0] else f"{run.name} "
+    for run, prefix in zip(options.runs, labels(options.runs)):
         for name, cells in measure_run(run, options, known).items():
-            if name != VANILLA or name not in rows:
-                rows[name if name == VANILLA else prefix + name] = cells
+            if name != VANILLA or cells != rows.get(VANILLA):  # a backbone that runs share is one row
+                rows[prefix + name] = cells
     text, run = table(rows, options.tasks), options.runs[0]
     write_text(run / "abilities.md", text + "\n")
     values = {name: {task: cell["value"] for task, cell in cells.items()} for name, cells in rows.items()}

@@ -30,7 +30,7 @@ from typing import Any
 
 import iterate
 from embedded import show
-from program import TRAINING, program
+from program import TRAINING, program, refuse_idle
 
 from selfevo.datasets.prompts import PAPER_STYLES
 from selfevo.dialogue import to_messages
@@ -38,7 +38,7 @@ from selfevo.evaluation.folder import VANILLA, read_examples
 from selfevo.evaluation.score import missing_scores
 from selfevo.evaluation.tables import mean_table
 from selfevo.evolve import BackboneSettings, EvolveConfig, evolve, load_backbone, read_settings
-from selfevo.evolve.evaluate import evaluate_model
+from selfevo.evolve.evaluate import evaluate_model, origin_of
 from selfevo.evolve.settings import change
 from selfevo.files import read_json, read_jsonl, write_text
 from selfevo.lora import load_adapter, remove_adapters
@@ -59,6 +59,7 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "prompts": {"SR": {}},
 }  # fmt: skip
+SET_BY_VARIANTS = {"baselines": ["--sft-data"], "controls": ["--control"], "preferences": ["--chosen", "--start"]}
 OWN_COLUMNS = ("BLEU-2", "ROUGE-L", "Distinct-2", "Distinct-2 (corpus)", "Length")
 COLUMNS: dict[str, tuple[str, ...]] = {
     "baselines": ("BLEU-2", "BLEU-3", "ROUGE-L", "METEOR", "BERTScore", "Distinct-2", "Distinct-3"),
@@ -91,9 +92,9 @@ def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
         for kind in (*PAPER_STYLES, "refine"):
             settings = config.test_replies if kind == "refine" else replace(config.test_replies, style=kind)
             name = f"{stage}-{kind}"
+            origin = origin_of(config.backbone, None if stage == VANILLA else run / stage, f"{begun_with}@{stage}")
             values = evaluate_model(
-                model, tokenizer, examples, folder, name, settings,
-                source=f"{begun_with}@{stage}", refining=kind == "refine",
+                model, tokenizer, examples, folder, name, settings, origin=origin, refining=kind == "refine"
             )  # fmt: skip
             texts = [record["text"] or "" for record in read_jsonl(folder / f"{name}.replies.jsonl")]
             rates = show.score(texts, contexts) if iterate.is_embedded(config) else {}
@@ -143,6 +144,12 @@ def main() -> int:
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the runs and of the tables")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds (default: 0 1 2)")
     own, others = parser.parse_known_args()
+    refuse_idle(["--seed"], "--seeds says which ones are run")
+    refuse_idle(["--resume"], "what is there already is always continued")
+    refuse_idle(["--memory"], "it is of iterate.py")
+    refuse_idle(SET_BY_VARIANTS.get(own.what, ()), f"the variants of {own.what} set it")
+    if len(set(own.seeds)) < len(own.seeds):
+        raise ValueError("--seeds: a seed is given twice; give each once")
     path = Path(own.out) / f"{own.what}.md"
     table = make_table(own.what, own.seeds, iterate.parse([*others, "--out", own.out])[0])
     write_text(path, table + "\n")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from program import program
+from program import program, refuse_idle
 
 from selfevo.datasets.encoding import fit_prompt
 from selfevo.datasets.prompts import reply_prompt
@@ -37,7 +37,7 @@ from selfevo.evaluation.folder import VANILLA, stage_names
 from selfevo.evolve import BackboneSettings, DataSettings, EvolveConfig, RunError, load_backbone, read_settings
 from selfevo.evolve.reflection import GUIDED, answer_form, parse_reflection, reflection_prompt
 from selfevo.evolve.settings import change
-from selfevo.files import write_text
+from selfevo.files import read_text, write_text
 from selfevo.generate import generate
 from selfevo.generate.form import Form
 from selfevo.generate.replies import ReplySettings
@@ -126,6 +126,8 @@ def open_models(options: argparse.Namespace) -> dict[str, Callable[..., Answer]]
     run = Path(options.run) if options.run else None
     if run is None and not options.backbone:
         raise RunError("give a run folder, or --backbone")
+    if options.models and len(set(options.models)) < len(options.models):
+        raise RunError("--models: a name is given twice; give each once")
     stages = stage_names(run) if run else []
     stages = [stage for stage in stages if run and (run / stage / "adapter_config.json").is_file()]
     config: EvolveConfig | DecoupledConfig
@@ -140,7 +142,11 @@ def open_models(options: argparse.Namespace) -> dict[str, Callable[..., Answer]]
         config, known = read_settings(run, EvolveConfig), [VANILLA, *stages]
     names = options.models or known[-1:]
     if unknown := [name for name in names if name not in known]:
-        raise RunError(f"{run}: has no model {', '.join(unknown)}; it has {', '.join(known)}")
+        raise RunError(f"{run or options.backbone}: has no model {', '.join(unknown)}; it has {', '.join(known)}")
+    if isinstance(config, DecoupledConfig):
+        refuse_idle(["--reflect"], "models of Decoupled ESC do not reflect")
+    if config.replies.sampling.temperature == 0:
+        refuse_idle(["--seed"], "at temperature 0 nothing is drawn")
     if options.backbone:
         config = change(config, backbone=options.backbone)
     model, tokenizer = load_backbone(config.backbone)
@@ -158,10 +164,12 @@ def read_lines(script: str | None) -> Iterator[str]:
         while said := input("you: ").strip():
             yield said
         return
-    for line in Path(script).read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            print(f"you: {line.strip()}")
-            yield line.strip()
+    lines = [line.strip() for line in read_text(script).splitlines() if line.strip()]
+    if not lines:
+        raise RunError(f"{script}: is empty; give a file with a line for each turn")
+    for line in lines:
+        print(f"you: {line}")
+        yield line
 
 
 def talk(models: Mapping[str, Callable[..., Answer]], lines: Iterator[str]) -> Iterator[str]:
@@ -196,12 +204,15 @@ def main() -> int:
         path = Path(options.run) / "chats" / f"{Path(options.script).stem}.md"
     kept: list[str] = []
     try:
-        if options.script and not Path(options.script).is_file():
-            raise RunError(f"{options.script}: there is no such file; give one with a line for each turn")
-        for part in talk(open_models(options), read_lines(options.script)):
+        lines = read_lines(options.script)
+        if options.script:
+            lines = iter([*lines])  # a script that cannot be used is told before a model is loaded
+        models = open_models(options)
+        said_by = f"{', '.join(models)} of {options.run or options.backbone}, seed {options.seed}"
+        for part in talk(models, lines):
             kept.append(part)
             if path is not None:
-                write_text(path, "\n\n---\n\n".join(kept) + "\n")
+                write_text(path, "\n\n---\n\n".join([said_by, *kept]) + "\n")
     except (EOFError, KeyboardInterrupt):
         print()
     if path is not None and kept:

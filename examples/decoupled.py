@@ -36,6 +36,7 @@ from selfevo.decoupled.mining import ErrorFinder, find_errors
 from selfevo.evaluation.ask_json import Responder
 from selfevo.evaluation.endpoint import Address, Endpoint, EndpointSettings, read_parameters
 from selfevo.evaluation.local_responder import LocalResponder
+from selfevo.evaluation.origin import backbone_hash
 from selfevo.evaluation.report import write_report
 from selfevo.evaluation.tables import mean_table
 from selfevo.evolve import load_backbone, read_settings
@@ -108,8 +109,8 @@ def make_judge(config: DecoupledConfig, judge_url: str) -> Responder | None:
         model, tokenizer = load_backbone(replace(config.backbone, source=config.judge, revision="", chat_format=""))
         seed = derive_seed(config.seed, "judge")
         sampling = Sampling(temperature=0.8, top_p=0.95, top_k=0, repetition_penalty=1.0, seed=seed)
-        guided = config.judge_answers == GUIDED
-        return LocalResponder(model, tokenizer, config.judge, folder, sampling=sampling, guided=guided)
+        guided, content = config.judge_answers == GUIDED, backbone_hash(config.judge)
+        return LocalResponder(model, tokenizer, config.judge, folder, sampling=sampling, guided=guided, content=content)
     return None
 
 

@@ -23,10 +23,14 @@ HEAD = ("file", "sessions", "utterances a session", "words an utterance", "of se
 
 @program(memory="give fewer files at once")
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("files", nargs="+", metavar="FILE", help="dialogues: ESConv, ExTES, ServeForEmo, messages")
     parser.add_argument("--raw", action="store_true", help="count dialogues as they stand in the file")
     given = parser.parse_args()
+    if len(set(given.files)) < len(given.files):
+        raise ValueError("a file is given twice; give each once")
     read = load_dialogues if given.raw else read_dialogues
     found = {path: describe_dialogues(read(path)).values() for path in given.files}
     rows = {path: [f"{sessions:,}", *(f"{mean:.2f}" for mean in means)] for path, (sessions, *means) in found.items()}

@@ -8,38 +8,38 @@ RUN is a folder as iterate.py or evaluate.py makes it. As in the paper, 100 test
 ones for every model, and each aspect is a request of its own; decoding is the paper's too. An endpoint needs
 pip install 'selfevo[judge]'; its key is read from SELFEVO_API_KEY or OPENAI_API_KEY. Answers are cached in
 RUN/eval/judge-cache, so a killed command continues and a second one costs nothing. Answers are parsed strictly,
-requested again up to three times, and every failure is reported. --human adds a last row to the table, Pearson's
+requested again up to three times, and every failure is reported. Another judge, or the same one asked otherwise, has a
+table of its own: each keeps its scores in a folder of RUN/eval/judged. --human adds a last row to the table, Pearson's
 correlation with people's scores: JSON lines {"model": "M1", "id": "...", "scores": {"Empathy": 4, ...}}, ids as in
-RUN/eval/examples.jsonl.
+RUN/eval/examples.jsonl; several records for a reply are averaged, and what could not be joined is told.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from random import Random
+from typing import Any
 
-from program import program
+from program import program, refuse_idle
 
 from selfevo.datasets.seeds import derive_seed
-from selfevo.dialogue import Example
-from selfevo.evaluation import pearson
-from selfevo.evaluation.ask_json import Responder
+from selfevo.evaluation.ask_json import Responder, request_hash
 from selfevo.evaluation.endpoint import Endpoint, EndpointSettings, read_parameters
 from selfevo.evaluation.folder import answered_models, read_answers, read_examples
-from selfevo.evaluation.judge import Aspect, Judgement, judge_replies, load_aspects, summarise
+from selfevo.evaluation.judge import Aspect, check_aspects, judge_replies, load_aspects, summarise
+from selfevo.evaluation.judgements import describe_aspects, judging_folder, read_judge_report, write_judgements
 from selfevo.evaluation.local_responder import LocalResponder
+from selfevo.evaluation.origin import backbone_hash
+from selfevo.evaluation.people import Reply, Scores, correlation, join_ratings, read_ratings
 from selfevo.evaluation.tables import markdown_table
 from selfevo.evolve import BackboneSettings, load_backbone
 from selfevo.evolve.reflection import FREE, GUIDED, WAYS
-from selfevo.files import FileError, read_json, read_records, write_json, write_jsonl, write_text
+from selfevo.files import write_text
 from selfevo.generate import Sampling
-
-Scores = Mapping[tuple[str, str], Mapping[str, float]]  # (model, id of the test turn) -> aspect -> score
 
 
 def parse() -> argparse.Namespace:
@@ -97,6 +97,7 @@ def make_responder(options: argparse.Namespace, folder: Path) -> Responder:
     return LocalResponder(
         model, tokenizer, options.judge, cache, sampling=sampling, max_new_tokens=options.max_tokens,
         guided=options.judge_answers == GUIDED,
+        content=backbone_hash(options.judge),
     )  # fmt: skip
 
 
@@ -114,68 +115,63 @@ def draw_turns(folder: Path, names: Sequence[str], count: int, seed: int) -> lis
     return [id_ for index, id_ in enumerate(ids) if index in drawn]
 
 
+def judging_request(
+    options: argparse.Namespace, responder: Responder, aspects: Sequence[Aspect], turns: Sequence[str]
+) -> dict[str, Any]:
+    """All that judgements depend on besides the replies."""
+    asked: dict[str, Any] = {"judge": options.judge, "url": None}
+    if isinstance(responder, Endpoint):
+        asked |= {"url": responder.url, **responder.settings.body}
+    else:
+        names = ("temperature", "top_p", "top_k", "max_tokens")
+        asked |= {name: getattr(options, name) for name in names}
+        asked |= {"answers": options.judge_answers, "content": backbone_hash(options.judge)}
+    return asked | {
+        "joint": options.joint,
+        "aspects": describe_aspects(aspects),
+        "contexts": len(turns),
+        "turns_sha256": request_hash({"turns": list(turns)}),
+    }
+
+
 def judge_model(
-    responder: Responder, folder: Path, name: str, turns: Collection[str], aspects: Sequence[Aspect], joint: bool
-) -> dict[tuple[str, str], Mapping[str, float]]:
-    """Judges one model's replies; writes ``NAME.judge.json`` and ``NAME.judge.jsonl``, returns the scores by turn."""
-    answers = [(example, text) for example, text in read_answers(folder, name) if example.id in turns]
+    responder: Responder, judging: Path, name: str, turns: Collection[str], aspects: Sequence[Aspect], joint: bool
+) -> Scores:
+    """Judges one model's replies, keeps the judgements in a folder and returns the scores by turn."""
+    answers = [(example, text) for example, text in read_answers(judging.parents[1], name) if example.id in turns]
     counts: Counter[str] = Counter()
     label = f"{responder.name} judges {name}"
     judged = judge_replies(responder, answers, counts, aspects=aspects, joint=joint, label=label)
-    records = [record(example, judgement) for (example, _), judgement in zip(answers, judged)]
-    write_jsonl(folder / f"{name}.judge.jsonl", records)
     summary = summarise(judged, [example.dialogue for example, _ in answers], counts)
-    write_json(folder / f"{name}.judge.json", {"judge": responder.name, "replies": len(answers), **summary})
+    write_judgements(judging, name, [(e.id, e.dialogue) for e, _ in answers], judged, summary)
     return {(name, example.id): j.scores for (example, _), j in zip(answers, judged)}
 
 
-def record(example: Example, judgement: Judgement) -> dict[str, object]:
-    return {
-        "id": example.id,
-        "dialogue": example.dialogue,
-        "scores": judgement.scores or None,
-        "reasons": judgement.reasons or None,
-    }
-
-
-def read_human(path: str) -> Scores:
-    """People's scores; several records for one reply are averaged."""
-    found: dict[tuple[str, str], list[Mapping[str, float]]] = {}
-    for where, entry in read_records(path):
-        try:
-            key, scores = (entry["model"], entry["id"]), {n: float(s) for n, s in entry["scores"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileError(f'{where}: expected "model", "id" and "scores" of numbers by aspect ({error!r})') from error
-        found.setdefault(key, []).append(scores)
-    return {
-        key: {n: sum(s[n] for s in many) / len(many) for n in many[0] if all(n in s for s in many)}
-        for key, many in found.items()
-    }
-
-
-def table(folder: Path, names: Sequence[str], aspects: Sequence[Aspect], judged: Scores, human: Scores) -> str:
+def table(judging: Path, names: Sequence[str], aspects: Sequence[Aspect], judged: Scores, people: Scores) -> str:
     """Markdown: a row per model, the mean of each aspect, how many replies were judged and what failed; with people's
     scores a last row of Pearson's r, its 95 % interval and the number of replies."""
     rows = {}
     for name in names:
-        report = read_json(folder / f"{name}.judge.json")
+        report = read_judge_report(judging / f"{name}.json")
         means = [f"{report['scores'][a.name]['mean']:.2f}" if a.name in report["scores"] else "–" for a in aspects]
-        failed = report["failures"] | report.get("mended", {})
+        failed = report["failures"] | report["mended"]
         failures = ", ".join(f"{reason} {count}" for reason, count in failed.items() if count) or "none"
         rows[name] = [*means, str(report["answered"]), failures]
-    if human:
-        rows["Pearson r"] = [_correlation(aspect.name, judged, human) for aspect in aspects] + ["", ""]
+    if people:
+        rows["Pearson r"] = [correlation(aspect.name, judged, people) for aspect in aspects] + ["", ""]
     return markdown_table(["model", *(aspect.name for aspect in aspects), "judged", "failures"], rows)
 
 
-def _correlation(aspect: str, judged: Scores, human: Scores) -> str:
-    both = [
-        (scores[aspect], human[key][aspect])
-        for key, scores in judged.items()
-        if aspect in scores and aspect in human.get(key, {})
-    ]
-    r, low, high = pearson([a for a, _ in both], [b for _, b in both])
-    return "–" if math.isnan(r) else f"{r:.2f} ({low:.2f} to {high:.2f}, {len(both)})".replace("nan", "–")
+def check_flags(options: argparse.Namespace, aspects: Sequence[Aspect]) -> None:
+    """Refuses flags that would change nothing, and numbers that mean nothing."""
+    if not options.judge_url:
+        refuse_idle(["--judge-parameter", "--concurrency", "--timeout"], "it is for an endpoint (--judge-url)")
+    if options.contexts < 0:
+        raise ValueError(f"--contexts should be a number of test turns, or 0 for all, not {options.contexts}")
+    if options.contexts == 0:
+        refuse_idle(["--seed"], "--contexts 0 takes all test turns, none is drawn")
+    if len(aspects) == 1:
+        refuse_idle(["--joint"], f"{aspects[0].name} is the only aspect")
 
 
 @program(memory="lower --max-tokens, or take a smaller judge", interrupted="the same command continues")
@@ -183,21 +179,29 @@ def main() -> int:
     options = parse()
     folder = Path(options.run) / "eval"
     aspects = [aspect for source in options.aspects for aspect in load_aspects(source)]
-    human = read_human(options.human) if options.human else {}
-    names = options.models or answered_models(folder)
+    check_aspects(aspects, "--aspects")
+    check_flags(options, aspects)
+    names = list(dict.fromkeys(options.models or answered_models(folder)))
     turns = draw_turns(folder, names, options.contexts, options.seed)
+    people: Scores = {}
+    sentences: list[str] = []
+    if options.human:
+        replies = {(name, id_) for name in names for id_ in turns}
+        ratings = read_ratings(options.human)
+        people, sentences = join_ratings(ratings, replies, [aspect.name for aspect in aspects], options.human)
     responder = make_responder(options, folder)
-    judged: dict[tuple[str, str], Mapping[str, float]] = {}
+    judging = judging_folder(folder, judging_request(options, responder, aspects, turns))
+    judged: dict[Reply, Mapping[str, float]] = {}
     for name in names:
-        judged |= judge_model(responder, folder, name, turns, aspects, options.joint)
-    text = table(folder, names, aspects, judged, human)
-    write_text(folder / "judge.md", text + "\n")
+        judged |= judge_model(responder, judging, name, turns, aspects, options.joint)
+    text = "\n\n".join([table(judging, names, aspects, judged, people), *sentences])
+    write_text(judging / "table.md", text + "\n")
     if isinstance(responder, Endpoint):
         print("", *responder.remarks(), sep="\n", file=sys.stderr)
     if not any(judged.values()):
         print(f"\n{text}\n\nerror: no reply could be judged by {responder.name}", file=sys.stderr)
         return 1
-    print(f"\n{text}\n\njudged by {responder.name}; single scores and reasons are in {folder}/*.judge.jsonl")
+    print(f"\n{text}\n\njudged by {responder.name}; single scores and reasons are in {judging}")
     return 0
 
 

@@ -8,7 +8,7 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from selfevo.files import one_line
 
@@ -47,6 +47,14 @@ def program(*, memory: str, interrupted: str = "nothing was kept") -> Callable[[
         return run
 
     return wrap
+
+
+def refuse_idle(flags: Iterable[str], reason: str) -> None:
+    """Raises ValueError for the first of the ``flags`` that was given: it would change nothing, for this ``reason``."""
+    given = {argument.partition("=")[0] for argument in sys.argv[1:]}
+    for flag in flags:
+        if flag in given:
+            raise ValueError(f"{flag} has no effect here: {reason}; leave it out")
 
 
 def sentence(error: BaseException, memory: str) -> str:

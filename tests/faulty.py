@@ -110,6 +110,15 @@ def assert_program_refuses(
     return text
 
 
+def output(main: Callable[[], int], *argv: object) -> str:
+    """What a command that has to succeed writes on stdout, run here with these arguments."""
+    out, err = io.StringIO(), io.StringIO()
+    arguments = mock.patch.object(sys, "argv", [main.__module__, *map(str, argv)])
+    with arguments, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert main() == 0, err.getvalue()
+    return out.getvalue()
+
+
 def rounds(seed: int, count: int) -> Iterator[random.Random]:
     """``count`` generators of a fixed seed, each for one case; with SELFEVO_FUZZ_SECONDS, new ones for so long."""
     seconds = float(os.environ.get("SELFEVO_FUZZ_SECONDS", "0"))

@@ -12,10 +12,12 @@ from typing import Any
 from selfevo.decoupled.mining import ErrorFinder, case_of
 from selfevo.decoupled.planner import Labelled, Plan
 from selfevo.decoupled.strategy_metrics import score_strategies
-from selfevo.evaluation.ask_json import Responder
+from selfevo.evaluation.ask_json import Responder, request_hash
 from selfevo.evaluation.columns import support_columns
 from selfevo.evaluation.judge import judge_replies, load_aspects, summarise
-from selfevo.files import FileError, read_json, write_json
+from selfevo.evaluation.judgements import describe_aspects
+from selfevo.evaluation.origin import first_difference
+from selfevo.files import Fields, FileError, read_object, write_json
 
 STRATEGY_COLUMNS = {"accuracy": "accuracy", "weighted_f1": "weighted F1", "macro_f1": "macro F1", "bias": "bias"}
 Scores = dict[str, float]
@@ -44,11 +46,15 @@ def score_replies_of(
     """Scores of replies, each given as (strategy it was to follow, text); text None if the prompt was too long.
 
     Includes the share of replies in which ``find_errors`` finds a psychological error, and the ``judge``'s four
-    aspects. All is written to ``path``; an existing file is read back, so that no judge is asked twice.
+    aspects. All is written to ``path``; a file of the same replies and judge is read back, so that none is asked twice.
     """
-    if path.is_file():
-        stored: Scores = read_json(path)["scores"]
-        return stored
+    aspects = load_aspects("decoupled")
+    told = [[turn.example.id, turn.reply, plan, text] for turn, (plan, text) in zip(turns, replies, strict=True)]
+    origin = {"replies_sha256": request_hash({"replies": told}), "judge": "" if judge is None else judge.name}
+    origin |= {"aspects_sha256": request_hash(describe_aspects(aspects))}
+    if path.is_file() and not first_difference(origin | read_object(path).values, origin):  # 0.1 noted none of these
+        stored = Fields(read_object(path).take("scores", dict), f"{path}, 'scores'")
+        return {name: stored.take(name, float) for name in stored.values}
     answered = [(turn, plan, text) for turn, (plan, text) in zip(turns, replies, strict=True) if text is not None]
     if not answered:
         raise FileError(f"{path}: none of the {len(turns)} test contexts fits into the model's window")
@@ -61,13 +67,12 @@ def score_replies_of(
     if known:
         scores["errors, %"] = 100 * fmean(bool(errors) for errors in known)
         counts.update(error for errors in known for error in errors)
-    report: dict[str, Any] = {"replies": len(answered), "left_out_too_long": len(turns) - len(answered)}
+    report: dict[str, Any] = origin | {"replies": len(answered), "left_out_too_long": len(turns) - len(answered)}
     report |= {"errors": dict(sorted(counts.items())), "signatures": {c.name: c.signature for c in columns}}
     if judge is not None:
         failures: Counter[str] = Counter()
         asked = [(turn.example, text) for turn, _, text in answered]
         name = path.name.split(".")[0]
-        aspects = load_aspects("decoupled")
         judged = judge_replies(judge, asked, failures, aspects=aspects, joint=True, label=f"judging {name}")
         report["judge"] = summarise(judged, [example.dialogue for example, _ in asked], failures)
         scores |= {aspect: score["mean"] for aspect, score in report["judge"]["scores"].items()}

@@ -8,6 +8,7 @@ gives a file of the same form (``load_aspects``).
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 from selfevo.dialogue import Example, to_messages
 from selfevo.evaluation.ask_json import Responder, UnusableAnswerError, ask_json
 from selfevo.evaluation.significance import bootstrap_interval
-from selfevo.files import FileError, StrPath, read_json
+from selfevo.files import Fields, FileError, StrPath, read_json
 
 LOWEST, HIGHEST = 1, 5
 OWN_SETS = ("paper", "personalisation", "decoupled")
@@ -144,28 +145,35 @@ def load_aspects(source: StrPath) -> tuple[Aspect, ...]:
     FileError with the entry at fault.
     """
     path = _OWN / f"{source}.json" if str(source) in OWN_SETS else Path(source)
-    aspects = [_aspect(entry, f"{path}, entry {index}") for index, entry in enumerate(read_json(path))]
-    names = [aspect.name for aspect in aspects]
-    if not names or len(set(names)) < len(names):
-        raise FileError(f"{path}: holds no aspects, or two of one name: {', '.join(names)}")
+    entries = read_json(path)
+    if not isinstance(entries, list):
+        raise FileError(f"{path}: should hold a list of aspects, not {reprlib.repr(entries)}")
+    aspects = [_aspect(Fields(entry, f"{path}, entry {index}")) for index, entry in enumerate(entries)]
+    check_aspects(aspects, str(path))
     return tuple(aspects)
 
 
-def _aspect(entry: Any, where: str) -> Aspect:
-    try:
-        if "levels" not in entry:
-            entry = {
-                "name": entry["name"],
-                "levels": {LOWEST: entry["lowest"], HIGHEST: entry["highest"]},
-                "caps": [entry["cap"]] if entry.get("cap") else [],
-            }
-        levels = {int(score): str(meaning) for score, meaning in entry["levels"].items()}
-        aspect = Aspect(str(entry["name"]), str(entry.get("question", "")), levels, tuple(entry.get("caps", ())))
-        if not aspect.levels or not all(LOWEST <= score <= HIGHEST for score in aspect.levels):
-            raise ValueError(f"levels should be {LOWEST} to {HIGHEST}")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise FileError(f"{where}: expected name, levels and perhaps question and caps ({error!r})") from error
-    return aspect
+def check_aspects(aspects: Sequence[Aspect], source: str) -> None:
+    """Raises FileError where there are none, or two of one name."""
+    names = [aspect.name.casefold() for aspect in aspects]
+    if not names or len(set(names)) < len(names):
+        raise FileError(f"{source}: no aspects, or two of one name: {', '.join(aspect.name for aspect in aspects)}")
+
+
+def _aspect(entry: Fields) -> Aspect:
+    name, cap = entry.take("name", str), entry.take("cap", str, "")
+    if not name.strip() or not name.isprintable():
+        raise entry.fail("'name' should be the name of an aspect")
+    if "levels" in entry.values:
+        meanings = Fields(entry.take("levels", dict), f"{entry.where}, 'levels'")
+        scores = {str(score) for score in range(LOWEST, HIGHEST + 1)}
+        if not meanings.values or not meanings.values.keys() <= scores:
+            raise meanings.fail(f"should have texts under some of {LOWEST} to {HIGHEST}")
+        levels = {int(score): meanings.take(score, str) for score in meanings.values}
+    else:
+        levels = {LOWEST: entry.take("lowest", str), HIGHEST: entry.take("highest", str)}
+    caps = (*entry.take_list("caps", str, []), *([cap] if cap else []))
+    return Aspect(name, entry.take("question", str, ""), levels, caps)
 
 
 def summarise(judgements: Sequence[Judgement], dialogues: Sequence[str], counts: Mapping[str, int]) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from selfevo.models.transformer import Transformer
 
 
 class LocalResponder:
-    """A local backbone; a batch of answers is one file in ``folder``, resumed as every rollout is.
+    """A local backbone; a batch of answers is one file in ``folder``, resumed as every rollout is. ``content`` (a hash
+    of the backbone) tells its answers from those of another one that had the same name.
 
     A conversation that does not fit into the window loses its oldest exchanges. With ``guided`` the decoder writes the
     keys and the punctuation of the JSON object that the requests show as the form of an answer, and every answer is
@@ -28,8 +29,9 @@ class LocalResponder:
 
     def __init__(
         self, model: Transformer, tokenizer: ChatTokenizer, name: str, folder: Path,
-        *, sampling: Sampling, max_new_tokens: int = 384, slots: int = SLOTS, guided: bool = False,
+        *, sampling: Sampling, max_new_tokens: int = 384, slots: int = SLOTS, guided: bool = False, content: str = "",
     ) -> None:  # fmt: skip
+        self._content = content
         self._model, self._tokenizer, self._name, self._folder = model, tokenizer, name, folder
         self._sampling, self._max_new_tokens, self._slots, self._guided = sampling, max_new_tokens, slots, guided
 
@@ -41,6 +43,7 @@ class LocalResponder:
         asked = [[dict(message) for message in messages] for messages in conversations]
         request = {
             "name": self.name,
+            "content": self._content,
             "conversations": asked,
             "attempt": attempt,
             "tokens": self._max_new_tokens,

@@ -8,9 +8,8 @@ from statistics import fmean
 from typing import Any
 
 from selfevo.evaluation.columns import EXTRAS, in_order
-from selfevo.evaluation.score import score_file
+from selfevo.evaluation.score import read_report, score_file
 from selfevo.evaluation.significance import Comparison
-from selfevo.files import read_json
 
 
 def comparison_table(scores: Mapping[str, Mapping[str, float]]) -> str:
@@ -34,7 +33,7 @@ def relative_change(before: float | None, after: float) -> str:
 
 def interval_table(folder: Path, names: Sequence[str], *, convention: str = "paper") -> str:
     """Markdown: a row per model, each score with its interval, "–" where it could not be computed."""
-    reports = {name: read_json(score_file(folder, name, convention))["scores"] for name in names}
+    reports = {name: read_report(score_file(folder, name, convention))["scores"] for name in names}
     extras = EXTRAS if convention == "paper" else ()
     columns = in_order([*extras, *(column for scores in reports.values() for column in scores)])
     rows = {name: [_interval_cell(scores.get(column)) for column in columns] for name, scores in reports.items()}
@@ -50,11 +49,15 @@ def _interval_cell(score: Mapping[str, Any] | None) -> str:
 
 def significance_table(comparisons: Mapping[str, Mapping[str, Comparison]]) -> str:
     """Markdown: a row per pair of models, the mean difference of each score, its interval and the p-value."""
-    rows = {
-        name: [f"{c.difference:+.2f} ({c.low:+.2f} to {c.high:+.2f}), {_p_text(c.p_value)}" for c in row.values()]
-        for name, row in comparisons.items()
-    }
-    return markdown_table(["difference", *next(iter(comparisons.values()))], rows)
+    columns = in_order([column for row in comparisons.values() for column in row])
+    rows = {name: [_difference_cell(row.get(column)) for column in columns] for name, row in comparisons.items()}
+    return markdown_table(["difference", *columns], rows)
+
+
+def _difference_cell(found: Comparison | None) -> str:
+    if found is None:
+        return "–"
+    return f"{found.difference:+.2f} ({found.low:+.2f} to {found.high:+.2f}), {_p_text(found.p_value)}"
 
 
 def _p_text(p_value: float) -> str:
@@ -92,11 +95,16 @@ def _mean_cell(values: Sequence[float], earlier: Sequence[float], digits: int) -
 
 
 def markdown_table(head: Sequence[str], rows: Mapping[str, Sequence[str]]) -> str:
-    """A table in Markdown, for the terminal and for files: a row per name, its cells after it."""
+    """A table in Markdown, for the terminal and for files: a row per name, its cells after it. What would break a cell
+    in two, or a row, is written so that it does not."""
     lines = [[name, *cells] for name, cells in rows.items()]
     rule = "|---" * len(head) + "|"
-    first, *others = ("| " + " | ".join(line) + " |" for line in [head, *lines])
+    first, *others = ("| " + " | ".join(map(_cell, line)) + " |" for line in [head, *lines])
     return "\n".join([first, rule, *others])
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def interval_text(low: float, high: float, digits: int = 2) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -11,13 +11,15 @@ from typing import Any
 
 from selfevo.datasets.prompts import SELF_REFLECTION, reply_prompt
 from selfevo.dialogue import Example, to_messages
-from selfevo.evaluation.folder import write_examples
-from selfevo.evaluation.score import score_answers
+from selfevo.evaluation.folder import check_examples, check_name, write_examples
+from selfevo.evaluation.origin import adapter_hash, backbone_hash, first_difference
+from selfevo.evaluation.score import read_report, score_answers
 from selfevo.evolve.json_repair import json_object_end, salvage_json
 from selfevo.evolve.refine import RefineSettings, check_form, reflect
 from selfevo.evolve.reflection import FREE, GUIDED, TEXT, answer_form, written_text
+from selfevo.evolve.run import BackboneSettings
 from selfevo.evolve.settings import flatten
-from selfevo.files import FileError, read_json, write_json, write_jsonl
+from selfevo.files import FileError, StrPath, read_object, write_json, write_jsonl
 from selfevo.generate.replies import Reply, sample_replies
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
@@ -31,25 +33,28 @@ def evaluate_model(
     name: str,
     settings: RefineSettings,
     *,
-    source: str,
+    origin: Mapping[str, Any],
     refining: bool = False,
 ) -> dict[str, float]:
     """Answers every example and scores the answers under our convention; what is in ``folder`` already is not repeated.
 
-    ``source`` says which model this is (``BACKBONE`` or ``BACKBONE@ADAPTER``). It is kept in ``NAME.request.json`` with
-    all that the answers depend on; FileError is raised where the name stands for answers to another request.
+    ``origin`` says which model this is, as ``origin_of`` does. It is kept in ``NAME.request.json`` with all that the
+    answers depend on; FileError is raised where the name stands for answers to another request, or the folder has
+    answers to other test turns.
 
     A test context that does not fit into the window loses its oldest turns; where that is not enough the example is
     left out for every model alike, and counted. Under the style ``self-reflection`` (Table 3) the reply is the text
     inside the JSON that the model writes. ``refining`` scores what the model makes of its replies when asked to reflect
     on them. A reply whose JSON cannot be used stays as it is; ``unusable_json`` and ``refined`` are counted.
     """
-    if is_answered(folder, name, settings, source, refining):
-        return {key: score["value"] for key, score in read_json(folder / f"{name}.json")["scores"].items()}
+    check_examples(folder, examples)
+    if is_answered(folder, name, settings, origin, refining):
+        return {key: score["value"] for key, score in read_report(folder / f"{name}.json")["scores"].items()}
     if refining:
         check_form(model, tokenizer, settings)
     write_examples(folder, examples)
-    write_json(folder / f"{name}.request.json", _request(settings, source, refining))
+    if not (folder / f"{name}.request.json").is_file():
+        write_json(folder / f"{name}.request.json", _request(settings, origin, refining))
     prompts = [reply_prompt(to_messages(example.context), settings.prompts.system) for example in examples]
     as_json, guided = settings.style == SELF_REFLECTION, settings.reflection == GUIDED
     final = folder / f"{name}.replies.jsonl"
@@ -74,24 +79,49 @@ def evaluate_model(
     return score_answers(folder, name, counts=counts)
 
 
-def is_answered(folder: Path, name: str, settings: RefineSettings, source: str, refining: bool) -> bool:
+def origin_of(backbone: BackboneSettings, adapter: StrPath | None = None, shown: str = "") -> dict[str, Any]:
+    """Which model answers: ``BACKBONE`` or ``BACKBONE@ADAPTER`` as it is ``shown``, the contents of both, and how the
+    backbone is loaded."""
+    name = shown or backbone.source + ("" if adapter is None else f"@{adapter}")
+    return {
+        "model": name,
+        "backbone_sha256": backbone_hash(backbone.source, backbone.revision),
+        "adapter_sha256": "" if adapter is None else adapter_hash(adapter),
+        "chat_format": backbone.chat_format,
+        "dtype": backbone.dtype,
+    }
+
+
+def is_answered(
+    folder: Path, name: str, settings: RefineSettings, origin: Mapping[str, Any], refining: bool = False
+) -> bool:
     """Whether a name's answers are there and scored. Raises FileError where they are answers to another request."""
-    path, scored = folder / f"{name}.request.json", (folder / f"{name}.json").is_file()
-    if path.is_file():
-        stored = read_json(path)
-        stored = {"reflection": FREE} | stored  # which versions without a choice did not note
-        for key, value in _request(settings, source, refining).items():
-            if stored.get(key) != value:
-                was = f"{name} was answered with {key} {stored.get(key)!r}"
-                raise FileError(f"{folder}: {was}, now it is {value!r}; give another name")
-    elif scored:
-        raise FileError(f"{folder}: {name} was answered by a version that did not note how; give another name")
-    return scored
+    check_name(name)
+    path = folder / f"{name}.request.json"
+    if not path.is_file():
+        files = [f"{name}.json", f"{name}.replies.jsonl", f"{name}.replies.jsonl.unfinished", name]
+        if found := [file for file in files if (folder / file).exists()]:
+            raise FileError(
+                f"{folder}: holds {' and '.join(found)} without a note of the request; give another name than {name}, "
+                "or remove them"
+            )
+        return False
+    stored, request = read_object(path).values, _request(settings, origin, refining)
+    # What versions without a choice did not note; of contents they noted nothing.
+    request = {key: value for key, value in request.items() if key in stored or key not in origin}
+    if all(request.get(key, "") == stored.get(key) for key in ("backbone_sha256", "adapter_sha256")):
+        request.pop("model")  # the same files in another place
+    if difference := first_difference({"reflection": FREE} | stored, request):
+        raise FileError(
+            f"{path}: {name} was answered otherwise ({difference}); give another name, or remove {name}.request.json, "
+            f"{name}.replies.jsonl, {name}.json and {name}/ to answer anew"
+        )
+    return (folder / f"{name}.json").is_file()
 
 
-def _request(settings: RefineSettings, source: str, refining: bool) -> dict[str, Any]:
+def _request(settings: RefineSettings, origin: Mapping[str, Any], refining: bool) -> dict[str, Any]:
     """All that answers depend on besides the test turns."""
-    request = {"model": source, "refining": refining, "seed": settings.sampling.seed} | flatten(settings)
+    request = {**origin, "refining": refining, "seed": settings.sampling.seed} | flatten(settings)
     request["prompts"] = sha256("\n".join(vars(settings.prompts).values()).encode()).hexdigest()
     return {key: value for key, value in request.items() if key not in ("slots", "chosen", "prompts_file")}
 

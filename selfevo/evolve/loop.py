@@ -20,7 +20,7 @@ from selfevo.evaluation.folder import VANILLA, diverged_stages, failed_reflectio
 from selfevo.evaluation.score import missing_scores
 from selfevo.evaluation.tables import comparison_table
 from selfevo.evolve.controls import CONTROLS, controlled
-from selfevo.evolve.evaluate import evaluate_model
+from selfevo.evolve.evaluate import evaluate_model, origin_of
 from selfevo.evolve.refine import RefineSettings, check_form, make_pairs
 from selfevo.evolve.run import RunConfig, RunError, load_backbone
 from selfevo.evolve.run_folder import check_run, is_finished, open_run, other_versions
@@ -201,6 +201,8 @@ def _evaluate(context: RunContext, name: str) -> dict[str, float]:
     folder = context.run / "eval"
     if not (folder / f"{name}.json").is_file():
         _put_on(context, name)
-    settings = context.config.test_replies
-    source = context.config.backbone.known_as + ("" if name == VANILLA else f"@{name}")
-    return evaluate_model(context.model, context.tokenizer, context.corpus.test, folder, name, settings, source=source)
+    config, adapter = context.config, None if name == VANILLA else context.run / name
+    origin = origin_of(config.backbone, adapter, config.backbone.known_as + ("" if adapter is None else f"@{name}"))
+    return evaluate_model(
+        context.model, context.tokenizer, context.corpus.test, folder, name, config.test_replies, origin=origin
+    )

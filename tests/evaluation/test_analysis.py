@@ -191,7 +191,7 @@ def test_replies_of_another_kind_are_named(tmp_path: Path) -> None:
     write_jsonl(path, [{"index": 0, "text": "Hello."}, {"index": 1, "text": None}])
     assert read_replies(path) == ["Hello.", None]
     write_jsonl(path, [{"reply": "Hello."}])
-    with pytest.raises(ValueError, match=r"M0\.replies\.jsonl: holds no replies"):
+    with pytest.raises(ValueError, match=r"M0\.replies\.jsonl, record 0: holds no reply"):
         read_replies(path)
     with pytest.raises(FileError):
         read_replies(tmp_path / "none.jsonl")

@@ -132,7 +132,7 @@ def test_a_run_is_scored_again_without_its_models(run: Path) -> None:
     done = example("evaluate", str(run))
     assert done.returncode == 0, done.stderr
     assert read_json(run / "eval" / "M1.json") == before
-    assert "| M2 - M1 |" in done.stdout
+    assert "| M2 - vanilla |" in done.stdout
     assert (run / "eval" / "table-paper.md").read_text().strip() in done.stdout
 
 
@@ -151,20 +151,6 @@ def test_any_checkpoint_answers_the_runs_turns_or_a_files(run: Path, world: Path
     sampled = (other / "eval" / "m-refine.replies.jsonl").stat().st_mtime_ns
     assert example("evaluate", str(other), *flags, "--model", f"m={backbone}", "--prompts", "self-reflection", "refine")
     assert (other / "eval" / "m-refine.replies.jsonl").stat().st_mtime_ns == sampled
-
-
-def test_another_request_under_a_name_is_refused(run: Path, world: Path, tmp_path: Path) -> None:  # noqa: F811
-    backbone, other = str(world / "backbone"), str(tmp_path / "other")
-    flags = [other, "--test", str(world / "test.json"), "--max-new-tokens", "12"]
-    assert example("evaluate", *flags, "--model", f"a={backbone}").returncode == 0
-    for changes, told in (
-        (["--model", f"a={backbone}@{run / 'M1'}"], f"a was answered with model {backbone!r}, now it is"),
-        (["--model", f"a={backbone}", "--temperature", "0.5"], "a was answered with temperature 0.9, now it is 0.5"),
-        (["--model", f"a|b={backbone}"], "a name may have letters"),
-    ):
-        done = example("evaluate", *flags, *changes)
-        assert done.returncode == 1
-        assert told in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -213,7 +199,8 @@ def test_a_run_is_judged_and_compared_with_people_and_the_second_time_is_free(ru
     assert [(row[0], row[8:]) for row in rows] == [
         (name, [str(len(examples)), "none"]) for name in ("vanilla", "M0", "M1", "M2")
     ]
-    judged = {record["id"]: record for record in read_jsonl(run / "eval" / "M1.judge.jsonl")}
+    (judging,) = (run / "eval" / "judged").iterdir()
+    judged = {record["id"]: record for record in read_jsonl(judging / "M1.jsonl")}
     expected = np.corrcoef([judged[e.id]["scores"]["Empathy"] for e in examples], [s["Empathy"] for s in scores])[0, 1]
     assert correlations[0] == "Pearson r"
     assert correlations[3].startswith(f"{expected:.2f} (")
@@ -230,7 +217,8 @@ def test_contexts_are_drawn_at_random_and_are_the_same_for_every_model(run: Path
     for seed in "0", "0", "1":
         arguments = ["--judge", "j", "--contexts", "3", "--seed", seed, "--aspects", "personalisation"]
         assert example("judge", str(run), "--judge-url", server.url, *arguments).returncode == 0
-        ids = [[r["id"] for r in read_jsonl(run / "eval" / f"M{i}.judge.jsonl")] for i in range(3)]
+        judging = max((run / "eval" / "judged").iterdir(), key=lambda path: (path / "M2.json").stat().st_mtime_ns)
+        ids = [[r["id"] for r in read_jsonl(judging / f"M{i}.jsonl")] for i in range(3)]
         assert ids[0] == ids[1] == ids[2]
         drawn.append(ids[0])
     assert drawn[0] == drawn[1] != drawn[2]

@@ -265,11 +265,15 @@ def row(found: Page, model: str) -> str:
 def test_a_cell_has_the_value_its_change_and_its_interval_and_a_star_for_a_proven_change(run: Path) -> None:
     scores = {stage: read_json(run / "eval" / f"{stage}.json")["scores"]["Length"] for stage in ("M0", "M1", "M2")}
     found = read_page(run)
-    for before, stage, star in (("", "M0", ""), ("M0", "M1", " *"), ("M1", "M2", "")):
+    for stage, compared in (("M0", False), ("M1", True), ("M2", True)):
         value, (low, high) = scores[stage]["value"], scores[stage]["interval"]
-        change = f"{100 * (value / scores[before]['value'] - 1):+.2f} %{star}" if before else ""
+        change = f"{100 * (value / scores['M0']['value'] - 1):+.2f} % *" if compared else ""
         assert f"{value:.2f}{change}{low:.2f} to {high:.2f}" in row(found, stage)
     assert scores["M1"]["signature"] in found.content
+    assert "its change against M0 in %" in found.content
+    beside = Page(write_report(run, baseline="M2").read_text(encoding="utf-8"))
+    assert "+0.00 %32.00 to" in row(beside, "M1")  # no star: nothing differs
+    assert "%32.00 to" not in row(beside, "M2")
     (run / "eval" / "M0.values.jsonl").unlink()  # nothing left to test with
     assert " *" not in row(read_page(run), "M1")
 
@@ -455,6 +459,7 @@ def test_text_is_escaped_and_cleared_of_what_html_cannot_hold(run: Path, text: s
         reply["text"] = text
     # Not by write_jsonl, which replaces halves of surrogate pairs itself.
     (run / "eval" / "M2.replies.jsonl").write_text("".join(json.dumps(reply) + "\n" for reply in replies))
+    (run / "eval" / "M2.json").unlink()  # which has scores of the replies before
     write_json(run / "eval" / "M1.judge.json", {"judge": text, "answered": 1, "failures": {}, "scores": {}})
     found = read_page(run)
     assert not found.wrong

@@ -18,47 +18,54 @@ from selfevo.evaluation.folder import (
     diverged_stages,
     failed_reflections,
     is_stage,
+    read_counts,
     read_examples,
     read_replies,
+    read_steps,
     stage_names,
 )
+from selfevo.evaluation.judgements import read_judgings
 from selfevo.evaluation.report.analysis import Embed, analyse_pairs
 from selfevo.evaluation.report.figures import pair_figures, phrases_figure, training_figures
 from selfevo.evaluation.report.phrases import frequent_phrases, phrase_shares
 from selfevo.evaluation.report.samples import sample_answers, sample_pairs, telling_case
-from selfevo.evaluation.report.score_tables import judge_table, plain_tables, score_tables
-from selfevo.files import read_json, read_jsonl, write_text
+from selfevo.evaluation.report.score_tables import plain_tables, score_tables
+from selfevo.files import Fields, read_object, write_text
 
 if TYPE_CHECKING:
     from jinja2 import Template
 
 TOP_PHRASES = 12
+_MOST_ITERATIONS = 10_000  # one that is larger is a damaged file's
 # No HTML file may hold control characters or halves of surrogate pairs.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 Replies = Mapping[str, Sequence[str | None]]
 
 
-def write_report(run: Path, *, embed: Embed | None = None, embed_name: str = "mean hidden states") -> Path:
+def write_report(
+    run: Path, *, embed: Embed | None = None, embed_name: str = "mean hidden states", baseline: str = ""
+) -> Path:
     """Writes ``report.html`` into the folder of a run, of the loop or of Decoupled ESC, and returns its path.
 
-    With ``embed`` the pairs are also compared by those embeddings, called ``embed_name``. Without matplotlib there are
-    no figures, without scikit-learn no comparison of pairs, which the page says. Raises ValueError for what is no run
-    folder, for a file in it that cannot be read, or where Jinja2 is not installed.
+    Models are compared with the ``baseline``, by default the first row of their table. With ``embed`` the pairs are
+    also compared by those embeddings, called ``embed_name``. Without matplotlib there are no figures, without
+    scikit-learn no comparison of pairs, which the page says. Raises ValueError for what is no run folder, for a file in
+    it that cannot be read, or where Jinja2 is not installed.
     """
     template = _template()
-    stages, config = stage_names(run), read_json(run / "config.json")
+    stages, config = stage_names(run), _config(run / "config.json")
     settings = config["settings"]
     decoupled = "planning" in settings
     draw, compare = (find_spec(name) is not None for name in ("matplotlib", "sklearn"))
     names = answered_models(run / "eval") if any((run / "eval").glob("*.replies.jsonl")) else []
     replies = {name: read_replies(run / "eval" / f"{name}.replies.jsonl") for name in names}
     own = replies if decoupled else {name: replies[name] for name in names if name == VANILLA or is_stage(name)}
-    steps = _present(run, stages, "{}/metrics.jsonl", read_jsonl)
+    steps = _present(run, stages, "{}/metrics.jsonl", read_steps)
     sections = {
-        "Scores": score_tables(run / "eval"),
+        "Scores": score_tables(run / "eval", baseline),
         "More scores": plain_tables(run / "eval"),
         "One case": telling_case(run / "eval", own),
-        "Judge": judge_table(run / "eval"),
+        "Judge": read_judgings(run / "eval"),
         "Training": [
             (name, rows, training_figures(name, rows) if draw else []) for name, rows in steps.items() if rows
         ],
@@ -98,6 +105,23 @@ def _template() -> Template:
     return environment.get_template("page.html")
 
 
+def _config(path: Path) -> dict[str, Any]:
+    """A run's config.json, with all that the page says of it."""
+    config = read_object(path)
+    settings = Fields(config.take("settings", dict), f"{path}, 'settings'")
+    for name in ("backbone", *(() if "planning" in settings.values else ("chosen",))):
+        settings.take(name, str)
+    for name in ("seed", *(() if "planning" in settings.values else ("iterations",))):
+        settings.take(name, int, low=0, **({"high": _MOST_ITERATIONS} if name == "iterations" else {}))
+    for name, value in (("start", "M0"), ("control", "none"), ("sft_data", "human")):
+        settings.take(name, str, value)
+    for part in ("versions", "data"):
+        texts = Fields(config.take(part, dict), f"{path}, {part!r}")
+        for name in texts.values:
+            texts.take(name, str)
+    return config.values
+
+
 def _not_scored(run: Path, settings: Mapping[str, Any]) -> list[str]:
     first = int(settings.get("start") == VANILLA)
     models = [f"M{t}" for t in range(first, settings["iterations"] + 1)]
@@ -107,14 +131,14 @@ def _not_scored(run: Path, settings: Mapping[str, Any]) -> list[str]:
 def _present(run: Path, stages: Sequence[str], pattern: str, read: Callable[[Path], Any]) -> dict[str, Any]:
     """The content of a file of each stage that has it; in the ``pattern`` of its path ``{}`` stands for the stage."""
     paths = {stage: run / pattern.format(stage) for stage in stages}
-    return {stage: read(path) for stage, path in paths.items() if path.is_file()}
+    return {stage: read(path) for stage, path in paths.items() if path.exists()}
 
 
 def _pairs(run: Path, embeds: Mapping[str, Embed], draw: bool, compare: bool) -> dict[str, Any] | None:
     """Figure 5 with its numbers, lengths, and what the data rules did."""
     by_measure = {"TF-IDF": analyse_pairs(run)} if compare else {}
     by_measure |= {name: analyse_pairs(run, embed=embed) for name, embed in embeds.items()}
-    changed = _present(run, stage_names(run), "{}/filter.json", read_json)
+    changed = _present(run, stage_names(run), "{}/filter.json", read_counts)
     rules = dict.fromkeys(rule for counts in changed.values() for rule in counts)
     measures = [(name, own, pair_figures(name, own) if draw else []) for name, own in by_measure.items() if own]
     if not measures and not changed:
@@ -146,16 +170,29 @@ def _phrases(folder: Path, replies: Replies, draw: bool) -> list[dict[str, Any]]
 
 def _data(run: Path) -> dict[str, Any] | None:
     """Sizes of the splits, and what cleaning changed in each file; names of files go without their folders."""
-    if not (run / "data.json").is_file():
+    if not (run / "data.json").exists():
         return None
-    data = read_json(run / "data.json")
-    sizes = data["sizes"] if "sizes" in data else {f"turns, {name}": count for name, count in data["turns"].items()}
-    if (run / "M0" / "sft.json").is_file():
-        sizes |= {f"phase 1, {name}": count for name, count in read_json(run / "M0" / "sft.json").items()}
-    sizes = {name: [size] if isinstance(size, int) else size for name, size in sizes.items()}
-    statistics = {Path(source).name: own for source, own in data.get("statistics", {}).items()}  # 0.1 had none
+    data, path = read_object(run / "data.json"), run / "data.json"
+    sizes: dict[str, list[int]] = {}
+    for key, label in (("sizes", "{}"), ("turns", "turns, {}")):
+        counted = Fields(data.take(key, dict, {}), f"{path}, {key!r}")
+        for name, size in counted.values.items():
+            own = counted.take_list(name, int) if isinstance(size, list) else [counted.take(name, int)]
+            sizes[label.format(name)] = own
+    sizes |= {f"phase 1, {name}": [count] for name, count in read_counts(run / "M0" / "sft.json").items()}
     return {
         "sizes": sizes,
-        "statistics": statistics,
-        "rules": [(Path(source).name, counts) for source, counts in data["rules"].items()],
+        "statistics": {name: _statistics(one) for name, one in _of_files(data, "statistics")},  # 0.1 had none
+        "rules": [(name, {rule: one.take(rule, int) for rule in one.values}) for name, one in _of_files(data, "rules")],
     }
+
+
+def _of_files(data: Fields, key: str) -> list[tuple[str, Fields]]:
+    """What ``data.json`` says of each file, whose name goes without its folder."""
+    found = data.take(key, dict, {})
+    return [(Path(source).name, Fields(own, f"{data.where}, {key!r} of {source}")) for source, own in found.items()]
+
+
+def _statistics(own: Fields) -> dict[str, float]:
+    means = ("session_length", "utterance_length", "seeker_utterance_length", "supporter_utterance_length")
+    return {"sessions": own.take("sessions", int), **{name: own.take(name, float) for name in means}}

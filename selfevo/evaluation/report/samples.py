@@ -76,7 +76,9 @@ def sample_pairs(run: Path, stages: Sequence[str]) -> list[Sample]:
             pair = pairs[len(pairs) // 2]
             thought = pair.reflection or {}
             score = "none" if thought.get("score") is None else f"{thought['score']} of 5"
-            reflection = {**(thought.get("understanding") or {}), "score": score, "feedback": thought.get("feedback")}
+            understanding = thought.get("understanding")
+            understood = understanding if isinstance(understanding, dict) else {}
+            reflection = {**understood, "score": score, "feedback": thought.get("feedback")}
             answers = {
                 "first reply (rejected)": pair.rejected,
                 "reflection": {name: str(text or "–") for name, text in reflection.items()},
