@@ -20,6 +20,7 @@ from selfevo.evaluation.report.analysis import (
     analyse_pairs,
     cosines,
     hidden_state_embedder,
+    kept_analyses,
     sentence_embedder,
     summarise,
     user_statements,
@@ -195,3 +196,19 @@ def test_replies_of_another_kind_are_named(tmp_path: Path) -> None:
         read_replies(path)
     with pytest.raises(FileError):
         read_replies(tmp_path / "none.jsonl")
+
+
+def test_what_was_embedded_once_stays_with_the_pairs_that_it_was_computed_from(run: Path) -> None:
+    def embed(texts: list[str]) -> np.ndarray:
+        return np.array([[len(text), 1.0] for text in texts])
+
+    first = analyse_pairs(run, embed=embed, keep_as="lengths")
+    analyse_pairs(run, embed=lambda texts: np.ones((len(texts), 2)), keep_as="ones")
+    kept = kept_analyses(run)
+    assert list(kept) == ["lengths", "ones"]
+    assert kept["lengths"][0].similarity.values.tolist() == first[0].similarity.values.tolist()
+    assert kept["lengths"][0].relevance_gain.mean == first[0].relevance_gain.mean
+    path = run / "M1" / "pairs.jsonl"
+    path.write_text(path.read_text().replace("chemistry", "physics"))
+    with pytest.raises(FileError, match=r"embedded-pairs.json, 'lengths', M1: is of other pairs than"):
+        kept_analyses(run)

@@ -47,3 +47,8 @@ def test_shares_are_of_each_models_own_replies() -> None:
     replies = {"M0": ["i hear you well", "no"], "M1": ["yes"], "M2": []}
     assert phrase_shares(replies, ["i hear you", "i hear you well"]) == {"M0": [0.5, 0.5], "M1": [0, 0]}
     assert phrase_shares({"M0": ["a b"]}, []) == {"M0": []}
+
+
+def test_words_of_every_script_are_whole() -> None:
+    assert "मैं बहुत दुखी" in phrases_of("मैं बहुत दुखी हूँ। क्या करूँ?")
+    assert phrases_of("one_two three") == phrases_of("one two three")

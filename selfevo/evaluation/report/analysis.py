@@ -5,7 +5,7 @@ Notation: N pairs or texts, D the size of an embedding. A similarity is a cosine
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,13 @@ from tqdm import tqdm
 from selfevo.datasets.pairs import Pair, read_pairs
 from selfevo.evaluation.folder import stage_names
 from selfevo.evaluation.significance import bootstrap_interval
+from selfevo.files import Fields, file_hash, read_object, write_json
 from selfevo.metrics import tokenize_words
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
 
+PAIRS = "pairs.jsonl"
+KEPT = "embedded-pairs.json"
 Values = NDArray[np.float64]
 Embed = Callable[[Sequence[str]], Values]  # N texts -> (N, D)
 
@@ -143,21 +146,56 @@ def summarise(values: Values, groups: Sequence[str]) -> Summary:
     return Summary(values, float(values.mean()), float(np.median(values)), low, high)
 
 
-def analyse_pairs(run: Path, *, embed: Embed | None = None) -> list[PairAnalysis]:
+def analyse_pairs(run: Path, *, embed: Embed | None = None, keep_as: str = "") -> list[PairAnalysis]:
     """Figure 5: the preference pairs of every iteration of a run that has some.
 
     A reply is compared with the user's statements, all user turns of its prompt read as one text. Without ``embed``
     the measure is ``TfIdf``; its documents are the statements, the chosen and the rejected reply of every pair of all
-    iterations (a text counts as often as it occurs).
+    iterations (a text counts as often as it occurs). Under the name ``keep_as`` the cosines are kept in the run, for
+    ``kept_analyses``.
     """
-    # A planner's pairs are of names of strategies.
-    stored = {stage: run / stage / "pairs.jsonl" for stage in stage_names(run) if not stage.startswith("planner")}
-    stages = {stage: pairs for stage, path in stored.items() if path.is_file() and (pairs := read_pairs(path))}
+    stages = _stages(run)
     measure: Callable[..., Values] = cosines
     if embed is None:
         every = [pair for pairs in stages.values() for pair in pairs]
         measure = TfIdf([text for pair in every for text in (user_statements(pair), pair.chosen, pair.rejected)])
-    return [_analyse(stage, pairs, measure, embed) for stage, pairs in stages.items()]
+    found = {stage: _cosines(pairs, measure, embed) for stage, pairs in stages.items()}
+    if keep_as:
+        kept = {
+            stage: {"pairs_sha256": file_hash(run / stage / PAIRS)} | {name: v.tolist() for name, v in own.items()}
+            for stage, own in found.items()
+        }
+        write_json(run / KEPT, _kept(run) | {keep_as: kept})
+    return [_analysis(stage, pairs, found[stage]) for stage, pairs in stages.items()]
+
+
+def kept_analyses(run: Path) -> dict[str, list[PairAnalysis]]:
+    """What ``analyse_pairs`` has kept, by name. Raises FileError where it is of other pairs than the run has today."""
+    stages, analyses = _stages(run), dict[str, list[PairAnalysis]]()
+    for name, value in _kept(run).items():
+        measured = Fields(value, f"{run / KEPT}, {name!r}")
+        analyses[name] = []
+        for stage, pairs in stages.items():
+            own = Fields(measured.take(stage, dict), f"{measured.where}, {stage}")
+            found = {key: np.array(own.take_list(key, float)) for key in ("chosen", "rejected", "similarity")}
+            if own.take("pairs_sha256", str) != file_hash(run / stage / PAIRS) or {*map(len, found.values())} != {
+                len(pairs)
+            }:
+                raise own.fail(
+                    f"is of other pairs than {run / stage / PAIRS} holds today; remove the file, embed again"
+                )
+            analyses[name].append(_analysis(stage, pairs, found))
+    return analyses
+
+
+def _stages(run: Path) -> dict[str, list[Pair]]:
+    # A planner's pairs are of names of strategies.
+    stored = {stage: run / stage / PAIRS for stage in stage_names(run) if not stage.startswith("planner")}
+    return {stage: pairs for stage, path in stored.items() if path.is_file() and (pairs := read_pairs(path))}
+
+
+def _kept(run: Path) -> dict[str, Any]:
+    return read_object(run / KEPT).values if (run / KEPT).exists() else {}
 
 
 def user_statements(pair: Pair) -> str:
@@ -165,9 +203,8 @@ def user_statements(pair: Pair) -> str:
     return "\n".join(message["content"] for message in pair.prompt if message["role"] == "user")
 
 
-def _analyse(stage: str, pairs: Sequence[Pair], measure: Callable[..., Values], embed: Embed | None) -> PairAnalysis:
+def _cosines(pairs: Sequence[Pair], measure: Callable[..., Values], embed: Embed | None) -> dict[str, Values]:
     """``measure`` compares embeddings, (N, D) and (N, D), or without ``embed`` texts, N and N."""
-    groups = [pair.dialogue for pair in pairs]
     users: Any = [user_statements(pair) for pair in pairs]
     chosen: Any = [pair.chosen for pair in pairs]
     rejected: Any = [pair.rejected for pair in pairs]
@@ -176,17 +213,22 @@ def _analyse(stage: str, pairs: Sequence[Pair], measure: Callable[..., Values], 
         if embedded.ndim != 2 or len(embedded) != 3 * len(pairs):
             raise ValueError(f"embed should give (N, D) for N texts, not {embedded.shape} for {3 * len(pairs)}")
         users, chosen, rejected = np.split(embedded, 3)
-    relevance, rejected_relevance = measure(users, chosen), measure(users, rejected)
+    found = {"chosen": measure(users, chosen), "rejected": measure(users, rejected)}
+    return found | {"similarity": measure(chosen, rejected)}
+
+
+def _analysis(stage: str, pairs: Sequence[Pair], found: Mapping[str, Values]) -> PairAnalysis:
+    groups = [pair.dialogue for pair in pairs]
 
     def lengths(texts: Iterable[str]) -> Summary:
         return summarise(np.array([len(text.split()) for text in texts], dtype=np.float64), groups)
 
     return PairAnalysis(
         stage=stage,
-        chosen_relevance=summarise(relevance, groups),
-        rejected_relevance=summarise(rejected_relevance, groups),
-        relevance_gain=summarise(relevance - rejected_relevance, groups),
-        similarity=summarise(measure(chosen, rejected), groups),
+        chosen_relevance=summarise(found["chosen"], groups),
+        rejected_relevance=summarise(found["rejected"], groups),
+        relevance_gain=summarise(found["chosen"] - found["rejected"], groups),
+        similarity=summarise(found["similarity"], groups),
         chosen_length=lengths(pair.chosen for pair in pairs),
         rejected_length=lengths(pair.rejected for pair in pairs),
         golden_length=lengths(pair.golden for pair in pairs),

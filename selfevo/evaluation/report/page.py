@@ -25,7 +25,7 @@ from selfevo.evaluation.folder import (
     stage_names,
 )
 from selfevo.evaluation.judgements import read_judgings
-from selfevo.evaluation.report.analysis import Embed, analyse_pairs
+from selfevo.evaluation.report.analysis import Embed, analyse_pairs, kept_analyses
 from selfevo.evaluation.report.figures import pair_figures, phrases_figure, training_figures
 from selfevo.evaluation.report.phrases import frequent_phrases, phrase_shares
 from selfevo.evaluation.report.samples import sample_answers, sample_pairs, telling_case
@@ -137,7 +137,9 @@ def _present(run: Path, stages: Sequence[str], pattern: str, read: Callable[[Pat
 def _pairs(run: Path, embeds: Mapping[str, Embed], draw: bool, compare: bool) -> dict[str, Any] | None:
     """Figure 5 with its numbers, lengths, and what the data rules did."""
     by_measure = {"TF-IDF": analyse_pairs(run)} if compare else {}
-    by_measure |= {name: analyse_pairs(run, embed=embed) for name, embed in embeds.items()}
+    for name, embed in embeds.items():
+        analyse_pairs(run, embed=embed, keep_as=name)
+    by_measure |= kept_analyses(run)  # those of earlier commands too
     changed = _present(run, stage_names(run), "{}/filter.json", read_counts)
     rules = dict.fromkeys(rule for counts in changed.values() for rule in counts)
     measures = [(name, own, pair_figures(name, own) if draw else []) for name, own in by_measure.items() if own]

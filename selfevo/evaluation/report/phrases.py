@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+
+from selfevo.metrics import word_pattern
 
 OPENER = 3  # words at the beginning of a sentence
 SIZES = (4, 5, 6)  # words anywhere in a sentence
 _SAME = 0.75  # a phrase that shares words with a listed one, and this share of its replies, says nothing new
-_SENTENCE_END = re.compile(r"[.!?…]+|\n")
-_SPOKEN_WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+_SENTENCE_END = re.compile(r"[.!?…।。！？؟]+|\n")
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,16 @@ def phrases_of(text: str) -> set[str]:
     Shorter runs from the middle of a sentence ("that you are") are the glue of any English text.
     """
     found: set[str] = set()
-    for sentence in _SENTENCE_END.split(text.lower().replace("’", "'")):
-        words = _SPOKEN_WORD.findall(sentence)
+    plain = unicodedata.normalize("NFC", text).lower().replace("’", "'").replace("_", " ")
+    for sentence in _SENTENCE_END.split(plain):
+        words = _spoken_word().findall(sentence)
         found |= set(_runs(words[:OPENER], OPENER)).union(*(_runs(words, size) for size in SIZES))
     return found
+
+
+@cache
+def _spoken_word() -> re.Pattern[str]:
+    return re.compile(f"{word_pattern()}(?:'{word_pattern()})*")
 
 
 def frequent_phrases(replies: Sequence[str], background: Sequence[str], top: int) -> list[Phrase]:
