@@ -4,13 +4,18 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -q -c constraints.txt
 
-.PHONY: run test lint docs check clean
+.PHONY: run test fuzz lint docs check clean
 
 run: $(VENV)/.run
 	$(BIN)/python examples/iterate.py $(ARGS)
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+
+# Broken files in new ways: each random test of tests/faults/ goes on for FUZZ_SECONDS.
+FUZZ_SECONDS ?= 60
+fuzz: $(VENV)/.test
+	SELFEVO_FUZZ_SECONDS=$(FUZZ_SECONDS) $(BIN)/python -m pytest -n auto -k "mutat or flip" tests/faults $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

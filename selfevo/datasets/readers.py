@@ -177,7 +177,7 @@ class _Record:
         value = self.value.get(key)
         if value is not None and not isinstance(value, str):
             self.counts["notes_not_text_ignored"] += 1
-        return value if isinstance(value, str) else ""
+        return self.text(key, value) if isinstance(value, str) else ""
 
     def strategies(self, field: str, label: Any, by_folded_name: Mapping[str, str]) -> tuple[str, ...]:
         if label is None:
@@ -188,6 +188,7 @@ class _Record:
         for each in labels:
             if not isinstance(each, str):
                 self.fail(field, "a name", label)
+            each = self.text(field, each)
             found = [name for name in _known_names(each, by_folded_name) or [each] if name.strip()]
             if found not in ([each], []):
                 self.counts["strategy_labels_mended"] += 1
@@ -217,7 +218,7 @@ def _unwrapped(where: str, value: Any) -> Any:
     if not isinstance(text, str) or not text.lstrip().startswith("{"):
         return value
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
     except (ValueError, RecursionError) as error:
         raise FileError(f"{where}: text should be the JSON of one record, but is {_shortened(text)}") from error
 
