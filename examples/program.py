@@ -22,26 +22,36 @@ def program(*, memory: str, interrupted: str = "nothing was kept") -> Callable[[
 
     These, exhausted memory (``memory``: what to lower then) and anything unexpected, whose traceback is kept in a
     file, give one sentence on stderr and exit code 1; Ctrl-C gives ``interrupted``, or what the KeyboardInterrupt says,
-    and 130; a reader of our output that has gone, as in ``| head``, ends us quietly with 141.
+    and 130; a reader of our output that has gone, as in ``| head``, ends us quietly with 141. Under torchrun rank 0
+    alone runs ``main``, and whichever rank fails first says why.
     """
 
     def wrap(main: Callable[[], int]) -> Callable[[], int]:
         @functools.wraps(main)
         def run() -> int:
+            work: Callable[[], int] = main
+            should_tell = _alone
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
+                from selfevo.kernels import ranks  # PyTorch, which not every command needs
+
+                work, should_tell = functools.partial(ranks.run, main, served=0), ranks.first_to_tell
             try:
-                code = main()
+                code = work()
                 sys.stdout.flush()
                 return code
             except KeyboardInterrupt as stop:
-                print(f"\ninterrupted; {str(stop) or interrupted}", file=sys.stderr)
+                if should_tell():
+                    print(f"\ninterrupted; {str(stop) or interrupted}", file=sys.stderr)
                 return 130
             except SystemExit:
                 raise
             except BrokenPipeError:
+                should_tell()
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush when Python exits
                 return 141
             except BaseException as error:  # a panic of the tokenizers library is no Exception
-                print(f"error: {sentence(error, memory)}", file=sys.stderr)
+                if should_tell():
+                    print(f"error: {sentence(error, memory)}", file=sys.stderr)
                 return 1
 
         return run
@@ -55,6 +65,11 @@ def refuse_idle(flags: Iterable[str], reason: str) -> None:
     for flag in flags:
         if flag in given:
             raise ValueError(f"{flag} has no effect here: {reason}; leave it out")
+
+
+def _alone() -> bool:
+    """Whether this process should say why the command ends: of several ranks only one does."""
+    return True
 
 
 def sentence(error: BaseException, memory: str) -> str:

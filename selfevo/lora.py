@@ -328,9 +328,10 @@ def load_adapter(model: nn.Module, folder: str | Path) -> list[str]:
         _inject(model, names, config.rank, config.alpha, config.dropout, seed=0)
     except ValueError as error:
         raise FileError(f"{path}: {error}") from error
-    for name, layer in _layers(model, LoRALinear).items():
-        for factor, key in zip((layer.lora_A, layer.lora_B), _keys(name), strict=True):
-            factor.data.copy_(tensors[key])
+    with torch.no_grad():
+        for name, layer in _layers(model, LoRALinear).items():
+            for factor, key in zip((layer.lora_A, layer.lora_B), _keys(name), strict=True):
+                factor.copy_(tensors[key])
     return names
 
 

@@ -34,7 +34,7 @@ def derive_seed(seed: int, *names: str | int) -> int:
     of a training stage's seed
     ``"adapter"``                         the initial weights of its adapter
     ``"order", epoch``                    the order of an epoch's items
-    ``"dropout", step``                   dropout during a step
+    ``"dropout", step, pack``             dropout in a packed row of a step
     of a rollout's seed
     ``"reflection", attempt``             an attempt at a reflection, repeated if the reflection is unusable
     ``"attempt", attempt``                an attempt at a local judge's answer, repeated if the answer is unusable

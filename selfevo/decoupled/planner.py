@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from selfevo.datasets.encoding import fit_prompt
@@ -35,6 +36,7 @@ from selfevo.files import Fields, FileError, read_jsonl, write_jsonl
 from selfevo.generate.decoder import SLOTS
 from selfevo.generate.replies import Reply, ReplySettings, sample_replies
 from selfevo.generate.sampling import Sampling
+from selfevo.kernels import ranks
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
 from selfevo.scoring import MAX_TOKENS, packed_logps
@@ -177,20 +179,42 @@ def score_plans(
     fitted = [(index, fit_prompt(tokenizer, prompt, window).ids) for index, prompt in enumerate(prompts)]
     asked = [(index, ids) for index, ids in fitted if ids is not None]
     items = [[as_ids([*ids, *answer]) for answer in answers] for _, ids in asked]
+    packs = pack(items, max_tokens)
+    shares = ranks.share_out([sum(len(items[place][0]) for place in members) for members in packs])
+    parts = [_Part([[asked[place] for place in packs[number]] for number in share], answers, label) for share in shares]
     plans: list[Plan | None] = [None] * len(prompts)
+    for found in ranks.deal(_scored, model, parts):
+        for index, row in found.items():
+            plans[index] = Plan(ESCONV_STRATEGIES[int(row.argmax())], tuple(row.tolist()))
+    return plans
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one rank scores: packs of prompts, each with its index, and the answers to every one of them."""
+
+    packs: list[list[tuple[int, Sequence[int]]]]
+    answers: list[list[int]]
+    label: str
+
+
+@torch.no_grad()
+def _scored(model: Transformer, part: _Part) -> dict[int, Tensor]:
+    """The log-probabilities of the eight for each prompt, by its index, normalised over these: (8,) on the CPU."""
     was_training = model.training
     model.eval()
+    rows: dict[int, Tensor] = {}
+    silent = not part.label or ranks.rank() > 0
     try:
-        with torch.no_grad(), tqdm(total=len(items), desc=label, unit="plan", disable=not label) as bar:
-            for members in pack(items, max_tokens):
-                own = [asked[member] for member in members]
-                sums, _ = packed_logps(model, [(ids, answer) for _, ids in own for answer in answers])
-                for (index, _), row in zip(own, sums.view(len(own), -1).log_softmax(dim=1).cpu()):
-                    plans[index] = Plan(ESCONV_STRATEGIES[int(row.argmax())], tuple(row.tolist()))
+        with tqdm(total=sum(map(len, part.packs)), desc=part.label, unit="plan", disable=silent) as bar:
+            for own in part.packs:
+                sums, _ = packed_logps(model, [(ids, answer) for _, ids in own for answer in part.answers])
+                found = sums.view(len(own), -1).log_softmax(dim=1).cpu()
+                rows |= {index: row.clone() for (index, _), row in zip(own, found)}
                 bar.update(len(own))
     finally:
         model.train(was_training)
-    return plans
+    return rows
 
 
 def sample_plans(

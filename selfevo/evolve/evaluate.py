@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def evaluate_model(
     replies = sample_replies(
         model, tokenizer, prompts, folder / name / "first_replies.jsonl" if as_json or refining else final,
         sampling=settings.sampling, max_new_tokens=settings.reflection_tokens if as_json else settings.max_new_tokens,
-        stop_when=(lambda text: json_object_end(text, TEXT) is not None) if as_json and not guided else None,
+        stop_when=partial(json_object_end, wanted=TEXT) if as_json and not guided else None,
         form=answer_form(model, tokenizer, settings.prompts.system, TEXT) if as_json and guided else None,
         slots=settings.slots, label=f"{name} answers the test dialogues",
     )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -129,7 +130,7 @@ def reflect(
             sampling=replace(settings.sampling, seed=derive_seed(settings.sampling.seed, "reflection", attempt)),
             max_new_tokens=settings.reflection_tokens,
             keep_last=3,
-            stop_when=None if guided else lambda text: json_object_end(text, REFINED) is not None,
+            stop_when=None if guided else partial(json_object_end, wanted=REFINED),
             form=answer_form(model, tokenizer, request) if guided else None,
             slots=settings.slots,
             label=f"reflections, try {attempt}",

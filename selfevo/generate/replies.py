@@ -6,7 +6,7 @@ for a draw that lies within rounding of a boundary; in bfloat16 rounding is coar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -18,10 +18,14 @@ from selfevo.files import Fields, FileError, append_jsonl, read_jsonl, resume_js
 from selfevo.generate.decoder import SLOTS, generate
 from selfevo.generate.form import Form
 from selfevo.generate.sampling import Sampling
+from selfevo.kernels import ranks
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
+from selfevo.trie.packing import pack
+from selfevo.trie.trie import as_ids
 
 R = TypeVar("R", bound="ReplySettings")
+_PACKS_PER_RANK = 8  # of prompts: more balance the ranks better, fewer leave more prompts together
 
 
 @dataclass(frozen=True)
@@ -56,14 +60,18 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class _Request:
-    """What is sampled for every prompt, as in ``sample_replies``."""
+class _Part:
+    """The replies that one rank samples: prompts as ids by their index, which is the key of their draws, and how many
+    turns each has lost. Finished replies are appended to ``path``."""
 
+    prompts: dict[int, list[int]]
+    turns_dropped: dict[int, int]
+    path: Path
+    tokenizer: ChatTokenizer
     sampling: Sampling
     max_new_tokens: int
-    keep_last: int
-    stop_when: Callable[[str], bool] | None
-    form: Callable[[int], Form] | None
+    stop_when: Callable[[str], object] | None
+    form: Form | None
     slots: int
     label: str
 
@@ -77,7 +85,7 @@ def sample_replies(
     sampling: Sampling,
     max_new_tokens: int,
     keep_last: int = 1,
-    stop_when: Callable[[str], bool] | None = None,
+    stop_when: Callable[[str], object] | None = None,
     form: Callable[[int], Form] | None = None,
     slots: int = SLOTS,
     label: str = "replies",
@@ -85,26 +93,36 @@ def sample_replies(
     """One reply per conversation, in order, kept in ``path`` (JSON lines); what is there is not sampled again.
 
     A reply has at most ``max_new_tokens``, and at most a quarter of the model's window. ``stop_when`` sees the text so
-    far whenever a token has closed a brace, and ends the reply. ``form`` makes the form in which a reply is written, of
-    at most so many tokens. ``slots`` replies are decoded at a time, which bounds
-    the memory of their keys and values. Until all are finished they are in ``PATH.unfinished``, in the order in which
-    they came.
+    far whenever a token has closed a brace, and ends the reply; under several ranks it has to be picklable. ``form``
+    makes the form in which a reply is written, of at most so many tokens. ``slots`` replies are decoded at a time by
+    each rank, which bounds the memory of their keys and values. Prompts are dealt to the ranks such that those with a
+    common beginning, as the turns of a dialogue have, stay together. Until all are finished, replies are in
+    ``PATH.unfinished``, those of rank R in ``PATH.unfinished-R``, in the order in which they came.
     """
     if not path.is_file():
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        found = dict(_read(unfinished, resume_jsonl(unfinished)))
+        unfinished = [path.with_name(f"{path.name}.unfinished"), *path.parent.glob(f"{path.name}.unfinished-*")]
+        found = {index: reply for file in unfinished for index, reply in _read(file, resume_jsonl(file))}
         if any(index >= len(prompts) for index in found):
-            raise FileError(f"{unfinished}: holds other replies than the {len(prompts)} wanted; it is of another run")
-
-        def keep(index: int, reply: Reply) -> None:
-            found[index] = reply
-            append_jsonl(unfinished, _as_record(index, reply))
-
-        missing = {index: prompt for index, prompt in enumerate(prompts) if index not in found}
-        request = _Request(sampling, max_new_tokens, keep_last, stop_when, form, slots, label)
-        _sample(model, tokenizer, missing, keep, request)
+            raise FileError(
+                f"{unfinished[0]}: holds other replies than the {len(prompts)} wanted; it is of another run"
+            )
+        window, max_new_tokens = model.config.max_positions, reply_limit(model, max_new_tokens)
+        fitted = {
+            index: fit_prompt(tokenizer, prompt, window - max_new_tokens, keep_last=keep_last)
+            for index, prompt in enumerate(prompts)
+            if index not in found
+        }
+        ids = {index: list(prompt.ids) for index, prompt in fitted.items() if prompt.ids is not None}
+        found |= {i: Reply(None, turns_dropped=fitted[i].turns_dropped) for i in fitted.keys() - ids.keys()}
+        whole = _Part(
+            ids, {index: prompt.turns_dropped for index, prompt in fitted.items()}, unfinished[0], tokenizer, sampling,
+            max_new_tokens, stop_when, None if form is None else form(max_new_tokens), slots, label,
+        )  # fmt: skip
+        for part in ranks.deal(_sample, model, _dealt(whole)):
+            found |= part
         write_jsonl(path, [_as_record(index, found[index]) for index in range(len(prompts))])
-        unfinished.unlink(missing_ok=True)
+        for file in [unfinished[0], *path.parent.glob(f"{path.name}.unfinished-*")]:
+            file.unlink(missing_ok=True)
     replies = _read(path, read_jsonl(path))
     if [index for index, _ in replies] != list(range(len(prompts))):
         raise FileError(f"{path}: holds other replies, or in another order, than the {len(prompts)} wanted; remove it")
@@ -116,42 +134,46 @@ def reply_limit(model: Transformer, max_new_tokens: int) -> int:
     return min(max_new_tokens, model.config.max_positions // 4)
 
 
-def _sample(
-    model: Transformer,
-    tokenizer: ChatTokenizer,
-    prompts: Mapping[int, Messages],
-    keep: Callable[[int, Reply], None],
-    request: _Request,
-) -> None:
-    """Samples a reply to each prompt, whose index is the key of its draws, and gives it to ``keep``."""
-    window, stop_when = model.config.max_positions, request.stop_when
-    max_new_tokens = reply_limit(model, request.max_new_tokens)
-    form = None if request.form is None else request.form(max_new_tokens)
-    fitted = {
-        index: fit_prompt(tokenizer, prompt, window - max_new_tokens, keep_last=request.keep_last)
-        for index, prompt in prompts.items()
-    }
-    ids = {index: prompt.ids for index, prompt in fitted.items() if prompt.ids is not None}
-    for index in fitted.keys() - ids.keys():
-        keep(index, Reply(None, turns_dropped=fitted[index].turns_dropped))
-    indices = list(ids)
+def _dealt(whole: _Part) -> list[_Part]:
+    """The parts of all ranks: packs of prompts that share a beginning, dealt by their tokens and replies."""
+    if ranks.size() == 1:
+        return [whole]
+    indices = list(whole.prompts)
+    total = sum(map(len, whole.prompts.values()))
+    size = total // (_PACKS_PER_RANK * ranks.size())
+    packs = pack([[as_ids(ids)] for ids in whole.prompts.values()], max(1, size))
+    shares = ranks.share_out([len(members) for members in packs])
+    parts = []
+    for rank, share in enumerate(shares):
+        own = {indices[place]: whole.prompts[indices[place]] for number in share for place in packs[number]}
+        path = whole.path.with_name(f"{whole.path.name}-{rank}") if rank else whole.path
+        parts.append(replace(whole, prompts=own, path=path))
+    return parts
+
+
+def _sample(model: Transformer, part: _Part) -> dict[int, Reply]:
+    """One rank's replies, by index, each kept on disk as it is finished."""
+    tokenizer, stop_when, indices = part.tokenizer, part.stop_when, list(part.prompts)
+    found: dict[int, Reply] = {}
 
     def stop(reply: list[int]) -> bool:
-        return stop_when is not None and "}" in tokenizer.decode(reply[-1:]) and stop_when(tokenizer.decode(reply))
+        return "}" in tokenizer.decode(reply[-1:]) and bool(stop_when and stop_when(tokenizer.decode(reply)))
 
     def finish(place: int, reply: list[int]) -> None:
-        index, cut = indices[place], len(reply) == max_new_tokens and not stop(reply)
-        if form is not None:
-            cut = form.ends_full(reply)
+        index, cut = indices[place], len(reply) == part.max_new_tokens and not stop(reply)
+        if part.form is not None:
+            cut = part.form.ends_full(reply)
         text = tokenizer.decode(reply)
         text = text.rstrip("\ufffd") if cut else text  # half of the character that the limit has cut in two
-        keep(index, Reply(text.strip(), len(reply), cut, fitted[index].turns_dropped))
+        found[index] = Reply(text.strip(), len(reply), cut, part.turns_dropped[index])
+        append_jsonl(part.path, _as_record(index, found[index]))
 
     generate(
-        model, list(ids.values()), max_new_tokens=max_new_tokens, stop_ids=tokenizer.stop_ids, keys=indices,
-        batch_size=request.slots, stop_when=None if stop_when is None else stop, form=form, on_reply=finish,
-        progress=request.label, **vars(request.sampling),
+        model, list(part.prompts.values()), max_new_tokens=part.max_new_tokens, stop_ids=tokenizer.stop_ids,
+        keys=indices, batch_size=part.slots, stop_when=None if stop_when is None else stop, form=part.form,
+        on_reply=finish, progress=part.label if ranks.rank() == 0 else None, **vars(part.sampling),
     )  # fmt: skip
+    return found
 
 
 def _as_record(index: int, reply: Reply) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""Matrix products and element-wise steps that the model, the adapters and the losses share."""
+"""Matrix products and element-wise steps that models, adapters and losses share, and the ranks that they run on."""

@@ -278,6 +278,11 @@ class ChatTokenizer:
         self._guarded = frozenset(i for token, i in backend.special.items() if token != "<unk>")
         self.format_name, self.vocab_size = chat_format.name, backend.size
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys([*chat_format.stop_ids(self), *stops]))
+        self.forced: str | None = None  # the chat format that was forced
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Another process loads it from its folder."""
+        return _load_once, (self.folder, self.forced)
 
     def special_id(self, token: str) -> int:
         return self._backend.special[token]
@@ -363,9 +368,15 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, chat_form
         )
     chat = _choose_format(folder, settings, backend, named, chat_format)
     tokenizer = ChatTokenizer(backend, chat, folder, _stops(folder, backend, named), named)
+    tokenizer.forced = chat_format
     if chat_format is not None or _template(folder, settings) is None:
         tokenizer.chat_template = chat.jinja
     return tokenizer
+
+
+@lru_cache(maxsize=2)
+def _load_once(folder: Path, chat_format: str | None) -> ChatTokenizer:
+    return load_tokenizer(folder, chat_format=chat_format)
 
 
 def _stops(folder: Path, backend: Backend, named: dict[str, str]) -> list[int]:

@@ -22,7 +22,7 @@ class Memory:
     """Bytes on the device; training and rollouts take turns, so a run needs the larger of the two sums."""
 
     weights: int
-    adapters: int  # trainable adapter in float32 with its gradient and AdamW's moments, and the frozen ones
+    adapters: int  # trainable adapter in float32, its gradient twice, AdamW's moments; the frozen ones
     activations: int  # of one packed row: what is kept for the backward pass, and the most that it needs beside that
     cache: int  # keys and values of the rollout's slots
     prefill: int  # keys and values of one prefill pass, and what it needs beside them
@@ -67,7 +67,7 @@ def estimate_memory(
     stored = 2 * config.num_layers * keys * size
     return Memory(
         weights=sum(parameter.numel() for parameter in model.parameters()) * size,
-        adapters=adapter * 4 * (4 + iterations),
+        adapters=adapter * (4 * (4 + iterations) + 8),  # gradients are added up in float64
         activations=row_tokens * kept + max(row_tokens * (passing + (block if checkpointed else 0)), head),
         cache=slots * context * stored,
         prefill=MAX_PREFILL_TOKENS * (stored + passing),

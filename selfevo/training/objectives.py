@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from selfevo.scoring import Example, packed_logps
 from selfevo.training.settings import PreferenceSettings
 from selfevo.trie.trie import Ids, as_ids
 
-Statistics = dict[str, Tensor]  # float64 numbers on the model's device, which nobody waits for
+Statistics = Mapping[str, Tensor | float]  # float64 numbers on the model's device, which nobody waits for
 
 
 class Objective(Protocol):
@@ -25,6 +25,10 @@ class Objective(Protocol):
     def __len__(self) -> int: ...
     def sequences(self, index: int) -> list[Ids]:
         """The token sequences of one item, which stay in one pack."""
+        ...
+
+    def part(self, indices: Sequence[int]) -> Objective:
+        """The same objective on some of the items, for another process."""
         ...
 
     def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, Statistics]:
@@ -45,6 +49,9 @@ class SFTObjective:
     def sequences(self, index: int) -> list[Ids]:
         prompt, response = self.examples[index]
         return [as_ids([*prompt, *response])]
+
+    def part(self, indices: Sequence[int]) -> SFTObjective:
+        return SFTObjective([self.examples[i] for i in indices], [self.groups[i] for i in indices])
 
     def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, Statistics]:
         sums, lengths = packed_logps(model, [self.examples[i] for i in indices])
@@ -78,6 +85,10 @@ class DPOObjective:
     def sequences(self, index: int) -> list[Ids]:
         pair = self.pairs[index]
         return [as_ids([*pair.prompt, *pair.chosen]), as_ids([*pair.prompt, *pair.rejected])]
+
+    def part(self, indices: Sequence[int]) -> DPOObjective:
+        pairs, groups = [self.pairs[i] for i in indices], [self.groups[i] for i in indices]
+        return replace(self, pairs=pairs, reference=self.reference[list(indices)], groups=groups)
 
     def loss(self, model: Transformer, indices: Sequence[int]) -> tuple[Tensor, Statistics]:
         count = len(indices)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from selfevo.files import read_object, write_json
+from selfevo.kernels import ranks
 from selfevo.lora import disable_adapters
 from selfevo.models.transformer import Transformer
 from selfevo.scoring import packed_logps
@@ -19,17 +20,25 @@ from selfevo.trie.packing import pack
 from selfevo.trie.trie import as_ids
 
 
-@torch.no_grad()
 def reference_logps(model: Transformer, pairs: Sequence[PairIds], max_tokens: int) -> Tensor:
     """Log-probabilities of chosen and rejected replies under the frozen reference, the model with its trainable
-    adapter disabled: (N, 2) float32 on the CPU."""
+    adapter disabled: (N, 2) float32 on the CPU. Packs of pairs are dealt to the ranks."""
     items = [[as_ids([*pair.prompt, *pair.chosen]), as_ids([*pair.prompt, *pair.rejected])] for pair in pairs]
-    result = torch.empty(len(pairs), 2)
     packs = pack(items, max_tokens)
-    with disable_adapters(model):
-        found = [packed_logps(model, both_sides([pairs[i] for i in members]))[0].view(2, -1).T for members in packs]
-    result[[i for members in packs for i in members]] = torch.cat(found).cpu()
+    shares = ranks.share_out([sum(len(own) for i in members for own in items[i]) for members in packs])
+    parts = [[[pairs[i] for i in packs[number]] for number in share] for share in shares]
+    result = torch.empty(len(pairs), 2)
+    result[[i for share in shares for number in share for i in packs[number]]] = torch.cat(
+        ranks.deal(_reference_part, model, parts)
+    )
     return result
+
+
+@torch.no_grad()
+def _reference_part(model: Transformer, packs: list[list[PairIds]]) -> Tensor:
+    with disable_adapters(model):
+        found = [packed_logps(model, both_sides(pairs))[0].view(2, -1).T for pairs in packs]
+    return torch.cat(found).cpu() if found else torch.empty(0, 2)
 
 
 def fingerprint(model: Transformer, pairs: Sequence[PairIds]) -> str:

@@ -6,15 +6,30 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from selfevo.datasets.seeds import derive_seed
+from selfevo.kernels import ranks
+from selfevo.lora import lora_parameters
 from selfevo.models.transformer import Transformer
 from selfevo.training.objectives import Objective, Statistics
 from selfevo.training.settings import TrainSettings
 from selfevo.trie.packing import pack
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one rank computes: packs of items of an objective, each with its number among the packs of all ranks."""
+
+    objective: Objective
+    packs: list[tuple[int, list[int]]]
+    items: int = 0  # of all ranks together, over which gradients are averaged
+    seed: int = 0
+    step: int = 0
 
 
 def train_step(
@@ -29,23 +44,19 @@ def train_step(
 ) -> dict[str, Any]:
     """One optimiser step over one batch, packed to the token budget; returns the statistics, averaged over items.
 
-    Raises FloatingPointError, before the step is taken, where the loss or the gradient is not finite.
+    The packs are dealt to the ranks. Their gradients are added up in float64, so that the sum does not depend on who
+    computed what. Raises FloatingPointError, before the step is taken, where the loss or the gradient is not finite.
     """
     started = time.perf_counter()
     rate = learning_rate(step, total, settings)
     for group in optimiser.param_groups:
         group["lr"] = rate
     model.train()
-    optimiser.zero_grad(set_to_none=True)
-    sums: Statistics = {}
-    with torch.random.fork_rng():  # dropout draws depend on the step alone, so a resumed run repeats them
-        torch.manual_seed(derive_seed(settings.seed, "dropout", step))
-        for members in pack([objective.sequences(i) for i in batch], settings.max_tokens):
-            loss, statistics = objective.loss(model, [batch[m] for m in members])
-            (loss / len(batch)).backward()
-            sums = _added(sums, statistics)
+    dealt = _parts(objective, batch, settings.max_tokens)
+    parts = [replace(part, items=len(batch), seed=settings.seed, step=step) for part in dealt]
+    sums = _in_order(parts, ranks.deal(_gradients, model, parts))
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-    found = _read(sums | {"gradient_norm": norm}, model.device)
+    found = _read({**sums, "gradient_norm": norm}, model.device)
     norm_found = found.pop("gradient_norm")
     if not math.isfinite(found["loss"]):
         raise FloatingPointError(f"the loss is {found['loss']}")
@@ -58,8 +69,65 @@ def train_step(
     return record
 
 
-def _added(sums: Statistics, statistics: Statistics) -> Statistics:
-    return {name: sums[name] + value for name, value in statistics.items()} if sums else statistics
+def _parts(objective: Objective, batch: Sequence[int], max_tokens: int) -> list[_Part]:
+    """The packs of a batch, dealt to the ranks by their tokens."""
+    sequences = [objective.sequences(i) for i in batch]
+    packs = [[batch[member] for member in members] for members in pack(sequences, max_tokens)]
+    if ranks.size() == 1:
+        return [_Part(objective, list(enumerate(packs)))]
+    costs = {index: sum(map(len, own)) for index, own in zip(batch, sequences)}
+    parts = []
+    for share in ranks.share_out([sum(costs[index] for index in members) for members in packs]):
+        places = iter(range(len(batch)))  # in the part's own objective
+        own = [(number, [next(places) for _ in packs[number]]) for number in share]
+        parts.append(_Part(objective.part([index for number in share for index in packs[number]]), own))
+    return parts
+
+
+def _in_order(parts: Sequence[_Part], found: Sequence[list[Statistics]]) -> Statistics:
+    """The sums over all packs, added up in the order of their numbers whoever computed them."""
+    numbered = {n: own for part, rows in zip(parts, found) for (n, _), own in zip(part.packs, rows)}
+    first, *rest = (numbered[number] for number in sorted(numbered))
+    return {name: sum((other[name] for other in rest), value) for name, value in first.items()}
+
+
+def _gradients(model: Transformer, part: _Part) -> list[Statistics]:
+    """One rank's part of a step: the statistics of its packs. The gradient of all ranks is left on the parameters of
+    rank 0; it is float64 until it is complete, but for a single pack, which needs no sum."""
+    parameters = lora_parameters(model)
+    found, total = [], None
+    alone = ranks.size() == 1 and len(part.packs) == 1
+    for parameter in parameters:
+        parameter.grad = None
+    with torch.random.fork_rng():
+        for number, members in part.packs:
+            # Dropout depends on nothing else, so a resumed run, and any rank, repeats it.
+            torch.manual_seed(derive_seed(part.seed, "dropout", part.step, number))
+            loss, statistics = part.objective.loss(model, members)
+            (loss / part.items).backward()
+            found.append(statistics)
+            if not alone:
+                total = _moved_gradient(parameters, total)
+    if not alone:
+        if total is None:  # this rank has no pack
+            total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=model.device)
+        ranks.sum_on_first(total)
+        for parameter, values in zip(parameters, total.split([p.numel() for p in parameters])):
+            parameter.grad = values.view_as(parameter).to(parameter.dtype)
+    return _for_first(found, model.device)
+
+
+def _moved_gradient(parameters: Sequence[torch.nn.Parameter], total: Tensor | None) -> Tensor:
+    """``total`` (N,) float64 with the gradients of all parameters added, which are then removed from these."""
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
+    for parameter in parameters:
+        parameter.grad = None
+    return flat.double() if total is None else total.add_(flat)
+
+
+def _for_first(found: list[Statistics], device: torch.device) -> list[Statistics]:
+    """Statistics as rank 0 needs them: its own as they are, not waited for, those of others as numbers."""
+    return found if ranks.rank() == 0 else [dict(_read(statistics, device)) for statistics in found]
 
 
 def _read(statistics: Statistics, device: torch.device) -> dict[str, float]:
@@ -97,11 +165,14 @@ def batch_indices(groups: Sequence[str], step: int, steps_per_epoch: int, settin
     return order[place * size : (place + 1) * size]
 
 
-@torch.no_grad()
 def evaluate_held_out(model: Transformer, held_out: Objective, settings: TrainSettings) -> dict[str, float]:
-    """Statistics on held-out items, averaged."""
+    """Statistics on held-out items, averaged; their packs are dealt to the ranks."""
     model.eval()
-    sums: Statistics = {}
-    for members in pack([held_out.sequences(i) for i in range(len(held_out))], settings.max_tokens):
-        sums = _added(sums, held_out.loss(model, members)[1])
+    parts = _parts(held_out, range(len(held_out)), settings.max_tokens)
+    sums = _in_order(parts, ranks.deal(_statistics, model, parts))
     return {name: value / len(held_out) for name, value in _read(sums, model.device).items()}
+
+
+@torch.no_grad()
+def _statistics(model: Transformer, part: _Part) -> list[Statistics]:
+    return _for_first([part.objective.loss(model, members)[1] for _, members in part.packs], model.device)

@@ -1,0 +1,5 @@
+"""The small world of runs as a fixture."""
+
+from runs import world
+
+__all__ = ["world"]
