@@ -123,7 +123,7 @@ def run_one(config: DecoupledConfig, judge_url: str, *, resume: bool) -> dict[st
     tables = [(run / "eval" / f"{name}.md").read_text(encoding="utf-8") for name in ("strategies", "replies")]
     report = write_report(run)
     if isinstance(judge, Endpoint):
-        print("", *judge.remarks(), sep="\n", file=sys.stderr)
+        print(*judge.remarks(), sep="\n", file=sys.stderr)
     print("", *tables, f"adapters, pairs, replies and scores: {run}\ntables and samples: {report}", sep="\n")
     scores: dict[str, Any] = read_json(run / "eval" / "scores.json")
     return scores

@@ -197,7 +197,7 @@ def main() -> int:
     text = "\n\n".join([table(judging, names, aspects, judged, people), *sentences])
     write_text(judging / "table.md", text + "\n")
     if isinstance(responder, Endpoint):
-        print("", *responder.remarks(), sep="\n", file=sys.stderr)
+        print(*responder.remarks(), sep="\n", file=sys.stderr)
     if not any(judged.values()):
         print(f"\n{text}\n\nerror: no reply could be judged by {responder.name}", file=sys.stderr)
         return 1

@@ -38,10 +38,14 @@ class Server:
             protocol_version = "HTTP/1.1"
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                sent = self.rfile.read(int(self.headers["Content-Length"]))
+                if not sent:  # a client that has gone
+                    self.close_connection = True
+                    return
+                body = json.loads(sent)
                 with server.lock:
-                    sent = {"authorization": self.headers.get("Authorization"), "path": self.path}
-                    server.requests.append(body | sent)
+                    headers = {"authorization": self.headers.get("Authorization"), "path": self.path}
+                    server.requests.append(body | headers)
                     number = server.met[json.dumps(body["messages"])]
                     server.met[json.dumps(body["messages"])] += 1
                     server.running += 1

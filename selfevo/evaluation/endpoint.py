@@ -30,6 +30,12 @@ OMIT = "omit"  # in place of a parameter's value: it is not sent
 _FATAL = {401, 402, 403, 404, 405, 407}  # the address, the model, the key or the account: no request can succeed
 _OWN = ("messages", "model", "stream", "n")  # what a request is made of, and what would change the form of its answer
 _ITS_OWN = ("content_filter", "refusal", "empty", "cut_at_limit")  # failures that depend on the conversation
+# Words about a parameter that no request may have; not those about a conversation that is too long for max_tokens.
+_UNSUPPORTED = re.compile(
+    r"(un|not )(supported|recognized|permitted|allowed|expected|known)|unknown (name|param|arg|field)"
+    r"|unexpected keyword|does ?n[o']t (support|accept)|extra (inputs|fields)|cannot both|mutually exclusive",
+    re.IGNORECASE,
+)
 _LONGEST = 300  # characters of a server's words
 
 
@@ -216,9 +222,12 @@ class Endpoint:
             return
         self._failed_in_a_row += 1
         if (nobody_listens and kind == "connection") or self._failed_in_a_row >= 2 * self.settings.concurrency:
+            check = "check its parts (servers differ: /v1, /api/v3, ...), the model's name and the parameters"
+            if kind in ("connection", "timeout"):
+                check = "is the server running, and is this its address?"
             raise EndpointError(
                 f"{self.url}: {self._failed_in_a_row} requests in a row without an answer, the last with {kind!r}"
-                f"{self._quoted(answer.said)}; is the server running, and is this its address?{self._hint(answer.said)}"
+                f"{self._quoted(answer.said)}; {check}"
             )
 
     def _key(self, messages: Messages, attempt: int) -> str:
@@ -265,16 +274,15 @@ class Endpoint:
             check = f"check the URL, the model's name and the key ({' or '.join(KEY_VARIABLES)})"
         if status == 402 or (status == 429 and out_of_quota(body)):
             check = "the account has no quota left; the same command continues when it has"
+        if status in (400, 422) and _UNSUPPORTED.search(said):
+            named = [name for name in self._body if name not in _OWN and re.search(rf"\b{re.escape(name)}\b", said)]
+            if named:
+                check = f"leave {named[0]} out by --judge-parameter {named[0]}={OMIT}, or name another by NAME=VALUE"
         if check:
             raise EndpointError(
                 f"{self.url} refuses {self.settings.model} (HTTP {status}{self._quoted(self._shown(said))}): {check}"
             )
-        return Answer(None, f"http_{status}", said + self._hint(said), final=True)
-
-    def _hint(self, said: str) -> str:
-        """What to do about a parameter that the server's words name."""
-        named = [name for name in self._body if name not in _OWN and re.search(rf"\b{re.escape(name)}\b", said)]
-        return "".join(f" (--judge-parameter {name}={OMIT} leaves {name} out)" for name in named[:1])
+        return Answer(None, f"http_{status}", said, final=True)
 
     def _quoted(self, said: str) -> str:
         return f': "{said}"' if said else ""

@@ -256,13 +256,37 @@ def test_a_conversation_that_a_filter_stops_is_one_failure(
     assert len(server.requests) == 4
 
 
-def test_many_failures_in_a_row_end_it_with_the_words_of_the_server_and_the_flag(
-    server: Server, tmp_path: Path
+def test_many_failures_in_a_row_end_it_with_the_words_of_the_server(server: Server, tmp_path: Path) -> None:
+    for body, said in ((b'{"error": "no such task"}', "no such task"), (b"<html>busy</html>", "a web page")):
+        server.script = [raw(body, 400 if b"task" in body else 200)]
+        with pytest.raises(EndpointError, match=rf"4 requests in a row .*{said}.*; check its parts"):
+            server.endpoint(tmp_path / "c.jsonl", concurrency=2).answer(questions(50))
+    assert len(server.requests) < 24
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("max_tokens", "Unsupported parameter: 'max_tokens' is not supported. Use 'max_completion_tokens' instead."),
+        ("temperature", "Unsupported value: 'temperature' does not support 0.8 with this model."),
+        ("top_p", "`temperature` and `top_p` cannot both be specified for this model"),
+        ("max_tokens", "max_tokens: Extra inputs are not permitted"),
+    ],
+)
+def test_a_parameter_that_is_refused_is_named_at_once_with_the_flag(
+    server: Server, tmp_path: Path, name: str, said: str
 ) -> None:
-    server.script = [refusal(400, {"message": "Unsupported parameter: 'max_tokens' is not supported with this model."})]
-    with pytest.raises(EndpointError, match=r"Unsupported parameter.*--judge-parameter max_tokens=omit"):
-        server.endpoint(tmp_path / "c.jsonl", concurrency=2).answer(questions(50))
-    assert len(server.requests) < 12
+    server.script = [refusal(400, {"message": said})]
+    parameters = {"temperature": "omit"} if name == "top_p" else {}
+    with pytest.raises(EndpointError, match=rf"leave {name} out by --judge-parameter {name}=omit"):
+        server.endpoint(tmp_path / "c.jsonl", concurrency=1, parameters=parameters).answer(questions(9))
+    assert len(server.requests) <= 2
+
+
+def test_a_conversation_too_long_for_its_limit_is_a_failure_of_its_own(server: Server, tmp_path: Path) -> None:
+    said = "This model's maximum context length is 8192 tokens, please reduce the messages or max_tokens."
+    server.script = [refusal(400, {"message": said})]
+    assert server.endpoint(tmp_path / "c.jsonl").answer([QUESTION]) == [Answer(None, "http_400")]
 
 
 def test_an_answer_kept_from_an_earlier_run_that_cannot_be_used_is_asked_anew(server: Server, tmp_path: Path) -> None:
