@@ -212,6 +212,11 @@ def _optional_package(purpose: str, *, data: str = "") -> Iterator[None]:
         raise ScoreError(
             f"{purpose} needs nltk's data: run python -m nltk.downloader {data} (or set NLTK_DATA)"
         ) from error
+    except OSError as error:
+        raise ScoreError(
+            f"{purpose} cannot read nltk's data ({' '.join(str(error).split())}): download them again, by "
+            f"python -m nltk.downloader {data}"
+        ) from error
 
 
 def _mean_score(values: Sequence[float], signature: str, dialogues: Sequence[Hashable] | None) -> Score:

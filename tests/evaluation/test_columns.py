@@ -19,7 +19,7 @@ from nltk.translate.meteor_score import single_meteor_score
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from selfevo import metrics
-from selfevo.evaluation import score_replies
+from selfevo.evaluation import columns, score_replies
 from selfevo.evaluation.columns import CONVENTIONS, ScoreError, extra_score, in_order
 from selfevo.evaluation.tables import mean_table
 
@@ -210,3 +210,9 @@ def test_a_table_of_means_has_the_range_of_several_runs_and_a_dash_without_a_sco
     assert mean_table(rows, digits=1) == "\n".join(lines)
     compared = mean_table(rows, columns=("a",), digits=1, before={"two": "one"})
     assert compared.splitlines()[-1] == "| two | 1.5 (1.0 to 2.0) (+50.00 %) |"
+
+
+def test_nltks_data_with_a_file_missing_are_told_as_missing() -> None:
+    told = r"METEOR cannot read nltk's data .*lexnames.*download them again"
+    with pytest.raises(ScoreError, match=told), columns._optional_package("METEOR", data="wordnet"):
+        raise OSError("No such file or directory: 'wordnet/lexnames'")
