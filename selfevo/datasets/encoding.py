@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from selfevo.dialogue import Messages
+from selfevo.models.chat import ChatError
 from selfevo.models.tokenizer import ChatTokenizer
 
 _DENSE = 8  # characters a token: a conversation with more is probably longer than the window
@@ -18,11 +19,14 @@ class FittedPrompt:
     turns_dropped: int
 
 
-def fit_prompt(tokenizer: ChatTokenizer, messages: Messages, max_tokens: int, *, keep_last: int = 1) -> FittedPrompt:
+def fit_prompt(
+    tokenizer: ChatTokenizer, messages: Messages, max_tokens: int, *, keep_last: int = 1, name: str = ""
+) -> FittedPrompt:
     """Ids of a conversation within ``max_tokens`` tokens: whole exchanges are dropped, the oldest first.
 
     The system message and the ``keep_last`` last messages always stay: 1 for a reply (the user's turn), 3 for a
-    reflection (the user's turn, the reply, the request).
+    reflection (the user's turn, the reply, the request). Raises ``ChatError``, with the ``name`` of the conversation,
+    where the chat format cannot write it.
     """
     system = [message for message in messages[:1] if message["role"] == "system"]
     spoken = messages[len(system) :]
@@ -32,7 +36,10 @@ def fit_prompt(tokenizer: ChatTokenizer, messages: Messages, max_tokens: int, *,
         kept = [*system, *spoken[2 * exchanges :]]
         if sum(tokenizer.least_tokens(message["content"]) for message in kept) > max_tokens:
             return None
-        ids = tokenizer.encode_chat(kept)
+        try:
+            ids = tokenizer.encode_chat(kept)
+        except ChatError as error:
+            raise ChatError(f"{name}: {error}; mend or remove this record" if name else str(error)) from error
         return ids if len(ids) <= max_tokens else None
 
     # Exchanges to drop: as many as may be, and one fewer than the fewest that can do.

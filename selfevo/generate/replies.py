@@ -108,7 +108,9 @@ def sample_replies(
             )
         window, max_new_tokens = model.config.max_positions, reply_limit(model, max_new_tokens)
         fitted = {
-            index: fit_prompt(tokenizer, prompt, window - max_new_tokens, keep_last=keep_last)
+            index: fit_prompt(
+                tokenizer, prompt, window - max_new_tokens, keep_last=keep_last, name=f"{label}, conversation {index}"
+            )
             for index, prompt in enumerate(prompts)
             if index not in found
         }

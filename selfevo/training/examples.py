@@ -15,7 +15,6 @@ from selfevo.dialogue import (
     reply_examples,
     to_messages,
 )
-from selfevo.models.chat import ChatError
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.scoring import Example as ScoredExample
 from selfevo.training.objectives import PairIds, SFTObjective
@@ -64,10 +63,7 @@ def encode_sft_examples(
             counts["empty_reply_left_out"] += 1
             continue
         response = [] if tokenizer.least_tokens(reply) > window else tokenizer.encode_reply(reply)
-        try:
-            prompt = fit_prompt(tokenizer, messages, window - len(response))
-        except ChatError as error:
-            raise ChatError(f"{group}: {error}; mend or remove this record") from error
+        prompt = fit_prompt(tokenizer, messages, window - len(response), name=group)
         if prompt.ids is None or not response:
             counts["too_long_left_out"] += 1
             continue
@@ -87,7 +83,7 @@ def encode_pairs(tokenizer: ChatTokenizer, pairs: list[Pair], window: int) -> tu
         chosen, rejected = tokenizer.encode_reply(pair.chosen), tokenizer.encode_reply(pair.rejected)
         if pair.rejected_cut:  # the model did not choose to end it
             rejected.pop()
-        prompt = fit_prompt(tokenizer, pair.prompt, window - max(len(chosen), len(rejected)))
+        prompt = fit_prompt(tokenizer, pair.prompt, window - max(len(chosen), len(rejected)), name=pair.id)
         if prompt.ids is not None:
             kept.append(pair)
             ids.append(PairIds(prompt.ids, chosen, rejected))
