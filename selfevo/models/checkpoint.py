@@ -229,7 +229,8 @@ def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder:
         if source is not None and source.resolve() != folder.resolve():
             for name in TOKENIZER_FILES:
                 if (source / name).is_file():
-                    shutil.copyfile(source / name, folder / name)
+                    with replace_file(folder / name) as partial:
+                        shutil.copyfile(source / name, partial)
         if tokenizer.chat_template:
             write_text(folder / "chat_template.jinja", tokenizer.chat_template)
         generation = folder / "generation_config.json"

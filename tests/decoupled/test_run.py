@@ -9,11 +9,13 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from decoupled import parse
 from runs import ITERATE, records, world  # noqa: F401  (a fixture)
 from safetensors.torch import load_file
 
@@ -37,7 +39,8 @@ from selfevo.decoupled.planner import (
 )
 from selfevo.dialogue import ESCONV_STRATEGIES, Dialogue, Example, Turn, clean_dialogue
 from selfevo.evaluation.ask_json import Answer, Messages
-from selfevo.evolve.settings import compose
+from selfevo.evolve.run_folder import open_run
+from selfevo.evolve.settings import change, compose
 from selfevo.files import FileError
 from selfevo.generate import Sampling
 from selfevo.generate.replies import Reply, ReplySettings, sample_replies
@@ -389,6 +392,23 @@ def test_an_interrupted_run_ends_as_the_whole_one(finished: Path, world: Path, t
         assert (run / name).read_bytes() == (finished / name).read_bytes(), stage
     for name in ("strategies.md", "replies.md", "planner-dpo.plans.jsonl", "decoupled-dpo.replies.jsonl"):
         assert (run / "eval" / name).read_text() == (finished / "eval" / name).read_text(), name
+
+
+def test_out_and_resume_alone_take_the_settings_from_the_run_also_of_several_seeds(
+    world: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    config = configuration(world, tmp_path / "run")
+    with open_run(config):
+        pass
+    assert parse(["--out", config.out, "--resume"]) == (config, [], True, "")
+    with open_run(replace(config, out=str(tmp_path / "many" / "seed-3"), seed=3)):
+        pass
+    found, seeds, *_ = parse(["--out", str(tmp_path / "many"), "--resume", "--seeds", "3", "4", "--slots", "5"])
+    assert seeds == [3, 4]
+    assert replace(found, seed=0, out=config.out) == change(config, slots=5)
+    with pytest.raises(FileError, match="holds no run to continue"):
+        parse(["--out", str(tmp_path / "many"), "--resume"])
 
 
 def test_plans_can_be_written_token_by_token(world: Path, tmp_path: Path) -> None:  # noqa: F811
