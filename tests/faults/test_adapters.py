@@ -335,3 +335,16 @@ def test_commands_refuse_a_broken_adapter_before_anything_is_written(
     said = faulty.assert_program_refuses(main, *arguments[command], mentions=(mention, "M0"), kind=KIND)
     assert "learning rate" not in said
     assert not [path for path in (out, *out.rglob("*")) if path.is_file()]
+
+
+@pytest.mark.parametrize("damage", ["not UTF-8", "UTF-16", "binary", "a zip"])
+def test_chat_refuses_a_script_that_is_no_text(damage: str, run: Path, tmp_path: Path) -> None:
+    script = tmp_path / "said.txt"
+    script.write_text("I am sad.\n")
+    if damage == "a zip":
+        script.write_bytes(b"PK\x03\x04\xff")
+    else:
+        faulty.BROKEN[damage](script)
+    main = importlib.import_module("chat").main
+    arguments = (run, "--models", "M0", "--script", script, "--save", tmp_path / "out")
+    faulty.assert_program_refuses(main, *arguments, mentions=(str(script), "UTF-8"), kind="chat scripts")
