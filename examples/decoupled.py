@@ -41,7 +41,7 @@ from selfevo.evaluation.report import write_report
 from selfevo.evaluation.tables import mean_table
 from selfevo.evolve import load_backbone, read_settings
 from selfevo.evolve.reflection import GUIDED
-from selfevo.evolve.run_folder import check_run
+from selfevo.evolve.run_folder import check_run, is_finished
 from selfevo.evolve.settings import change, compose, leaves
 from selfevo.files import read_json, write_text
 from selfevo.generate import Sampling
@@ -118,6 +118,8 @@ def run_one(config: DecoupledConfig, judge_url: str, *, resume: bool) -> dict[st
     """The scores of one run: strategies and replies, by model."""
     check_run(config, resume=resume)
     judge = make_judge(config, judge_url)
+    if isinstance(judge, Endpoint) and not is_finished(config):
+        judge.check()  # rather than after the first stages are trained
     finder: ErrorFinder = strategies.find_errors if judge is None else partial(find_errors, judge)
     run = decouple(config, finder, judge=judge, resume=resume)
     tables = [(run / "eval" / f"{name}.md").read_text(encoding="utf-8") for name in ("strategies", "replies")]

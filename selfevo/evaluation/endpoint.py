@@ -203,6 +203,12 @@ class Endpoint:
                 raise
         return [self._answers.get(key) or failed[key] for key in keys]
 
+    def check(self) -> None:
+        """A short request before long work that needs the endpoint: raises EndpointError where no other can succeed."""
+        answer = self._ask([{"role": "user", "content": "Answer with yes."}])
+        if answer.text is None:
+            self._note(answer, nobody_listens=True)
+
     def remarks(self) -> list[str]:
         """A sentence for each kind of failure so far: how often, and what the server said at the first of them."""
         found = [
@@ -311,7 +317,8 @@ def _secrets(key: str, address: Address) -> re.Pattern[str]:
     """Matches what may not be shown, also percent-encoded, and the beginning of a long one."""
     whole = [key, *address.query.values()]
     if address.login is not None:
-        whole += [address.login[1], b64encode(":".join(address.login).encode()).decode()]
+        name, password = address.login
+        whole += [password or name, b64encode(":".join(address.login).encode()).decode()]
     found = {text for secret in whole for text in (secret, quote(secret, safe="")) if len(text) > 3}
     begun = {text[:8] for text in found if len(text) >= 16}
     patterns = [re.escape(text) for text in sorted(found, key=len, reverse=True)]

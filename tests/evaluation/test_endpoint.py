@@ -471,6 +471,25 @@ def test_a_key_that_the_server_sends_back_is_not_shown_and_not_kept(
         assert KEY[:8] not in str(refused.value)
 
 
+def test_an_endpoint_is_checked_by_one_request_that_is_not_kept(
+    server: Server, tmp_path: Path, quick: list[float]
+) -> None:
+    for behaviour in (says("yes"), says(None), refusal(400, "no")):
+        server.script = [behaviour]
+        server.endpoint(tmp_path / "c.jsonl").check()
+    assert len(server.requests) == 3
+    assert not (tmp_path / "c.jsonl").exists()
+    with pytest.raises(EndpointError, match="is the server running"):
+        server.endpoint(tmp_path / "c.jsonl", url="http://127.0.0.1:9/v1").check()
+
+
+def test_a_token_in_place_of_a_name_is_secret(server: Server, tmp_path: Path) -> None:
+    server.script = [raw(b"no such user: token-12345", 401)]
+    endpoint = server.endpoint(tmp_path / "c.jsonl", url=server.url.replace("//", "//token-12345@"))
+    with pytest.raises(EndpointError, match=r"no such user: \[secret\]"):
+        endpoint.check()
+
+
 def test_the_address_is_taken_apart() -> None:
     assert Address.of("https://a.b:8/c/") == ("https://a.b:8/c", None, {})
     assert Address.of("http://u:p%3Aw@[::1]:80/v1?x=1") == ("http://[::1]:80/v1", ("u", "p:w"), {"x": "1"})

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import decoupled
 import faulty
 import pytest
 from chat_server import Server, completion, cut_off, example, hang_up, raw, server
@@ -231,6 +232,25 @@ def test_a_server_that_only_refuses_is_one_sentence_after_few_requests(server: S
             kind="refusals",
         )  # fmt: skip
         assert len(server.requests) <= 16
+
+
+def test_decoupled_asks_its_judge_before_it_trains(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SELFEVO_API_KEY", KEY)
+    run, url = tmp_path / "run", server.url.replace("//", "//me:passw0rd@")
+    for status, said in ((401, "check the URL"), (402, "no quota left"), (404, "check the URL")):
+        server.script = [raw(json.dumps({"error": {"message": f"wrong: {KEY} passw0rd"}}).encode(), status)]
+        text = faulty.assert_program_refuses(
+            decoupled.main, "--judge", "m", "--judge-url", url, "--out", run,
+            mentions=(said, f"HTTP {status}", "wrong:"),
+        )  # fmt: skip
+        assert KEY not in text
+        assert "passw0rd" not in text
+        assert not run.exists()
+    for flags in (["--judge-parameter", "a"], ["--judge-answers", "guided"], ["--judge-parameter", "model=x"]):
+        asked = ["--judge", "m", "--judge-url", url, "--out", run, *flags]
+        assert "passw0rd" not in faulty.assert_program_refuses(decoupled.main, *asked)
 
 
 def test_the_error_of_an_endpoint_is_a_value_error() -> None:
