@@ -95,7 +95,7 @@ class Watch:
 
     def _end(self, why: str) -> None:
         if self.first_to_tell():
-            print(f"error: {why}; {AGAIN}", file=sys.stderr, flush=True)
+            print(f"\nerror: {why}; {AGAIN}", file=sys.stderr, flush=True)  # not at the end of a progress bar
         os._exit(1)
 
 
