@@ -109,7 +109,11 @@ class Participant:
         if not forms:
             return False
         waited = time.perf_counter() - started
-        time.sleep(random.uniform(0, self.pause))
+        if self.pause:
+            time.sleep(random.uniform(0, self.pause))
+            if self.connection is not None:  # the server closes connections that rest, and a browser opens another one
+                self.connection.close()
+                self.connection = None
         if self.acknowledged and self.acknowledged[-1][0] == "say":
             self.waits.append(waited)
         name = "end" if "end" in forms else next(iter(forms))
