@@ -264,8 +264,8 @@ def test_the_held_out_loss_or_without_one_the_training_loss_tells_of_divergence(
         (run / "M2" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         assert ("M2: diverged: its held-out loss was" in " ".join(diverged_stages(run))) == told
     for last, told in ((3.1, True), (2.9, False)):
-        losses = [{"loss": 2.0}, *({"loss": 9.0} for _ in range(18)), {"loss": last}, {"loss": last}]
-        (run / "M1" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in losses))
+        steps = [{"step": i, "loss": loss, "seconds": 0.1} for i, loss in enumerate([2.0, *[9.0] * 18, last, last])]
+        (run / "M1" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in steps))
         assert ("M1: diverged: its training loss was 2.000" in " ".join(diverged_stages(run))) == told
 
 
