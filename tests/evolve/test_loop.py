@@ -328,7 +328,7 @@ def break_file(world: Path, tmp_path: Path, what: str) -> dict[str, Any]:
         ("not JSON", "bad.json"),
         ("no dialog", "record 1"),
         ("missing file", "nowhere.json"),
-        ("truncated", "truncated"),
+        ("truncated", "is cut in the tensor"),
         ("unknown family", "gpt_neox"),
     ],
 )
