@@ -441,7 +441,8 @@ def resume_jsonl(path: StrPath) -> list[Any]:
     data = read_bytes(path)
     end = data.rfind(b"\n") + 1
     values = [value for _, value in _json_lines(path, _decode(path, data[:end]))]
-    os.truncate(path, end)
+    if end < len(data):  # a file that is whole stays untouched
+        os.truncate(path, end)
     return values
 
 
