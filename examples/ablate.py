@@ -35,7 +35,7 @@ from program import TRAINING, program, refuse_idle
 from selfevo.datasets.prompts import PAPER_STYLES
 from selfevo.dialogue import to_messages
 from selfevo.evaluation.folder import VANILLA, read_examples
-from selfevo.evaluation.score import missing_scores
+from selfevo.evaluation.score import missing_scores, read_report, score_file
 from selfevo.evaluation.tables import mean_table
 from selfevo.evolve import BackboneSettings, EvolveConfig, evolve, load_backbone, read_settings
 from selfevo.evolve.evaluate import evaluate_model, origin_of
@@ -70,11 +70,15 @@ Values = dict[str, float]
 
 
 def run_variant(config: EvolveConfig) -> dict[str, Values]:
-    """The scores of every model of a run, which is continued where it was, or read where it is complete."""
+    """The scores of every model of a run, which is continued where it was, or read where it is complete, and those that
+    ``evaluate.py`` has added since."""
     run = evolve(config, resume=True)
-    scores: dict[str, Values] = read_json(run / "eval" / "scores.json")
     rates = show.rates(run) if iterate.is_embedded(config) else {}
-    return {name: rates.get(name, {}) | values for name, values in scores.items()}
+    found: dict[str, Values] = {}
+    for name in read_json(run / "eval" / "scores.json"):
+        scores = read_report(score_file(run / "eval", name, "paper"))["scores"]
+        found[name] = rates.get(name, {}) | {column: score["value"] for column, score in scores.items()}
+    return found
 
 
 def compare_prompts(config: EvolveConfig) -> dict[str, Values]:
