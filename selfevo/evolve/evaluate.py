@@ -18,7 +18,7 @@ from selfevo.evaluation.score import read_report, score_answers
 from selfevo.evolve.json_repair import json_object_end, salvage_json
 from selfevo.evolve.refine import RefineSettings, check_form, reflect
 from selfevo.evolve.reflection import FREE, GUIDED, TEXT, answer_form, written_text
-from selfevo.evolve.run import BackboneSettings
+from selfevo.evolve.run import BackboneSettings, dtype_of
 from selfevo.evolve.settings import flatten
 from selfevo.files import FileError, StrPath, read_object, write_json, write_jsonl
 from selfevo.generate.replies import Reply, sample_replies
@@ -89,7 +89,7 @@ def origin_of(backbone: BackboneSettings, adapter: StrPath | None = None, shown:
         "backbone_sha256": backbone_hash(backbone.source, backbone.revision),
         "adapter_sha256": "" if adapter is None else adapter_hash(adapter),
         "chat_format": backbone.chat_format,
-        "dtype": backbone.dtype,
+        "dtype": dtype_of(backbone),
     }
 
 

@@ -94,7 +94,10 @@ def test_the_command_serves_a_run_and_goes_on_with_its_study(tmp_path: Path) -> 
     def serve(mode: str, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, "examples/study.py", "serve", str(RUN), "--mode", mode, "--models", "M0", "M1"]
         command += ["--out", str(tmp_path / mode), "--port", "0", "--turns", "2", *more]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a shell's background jobs ignore
+        )  # fmt: skip
 
     for mode in ("pointwise", "pairwise"):
         process = serve(mode, *(["--invitations", "--participants", "2"] if mode == "pairwise" else []))
