@@ -86,7 +86,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         (["--model", "a=BACKBONE", "--prompts", "refine"], "refining was False, now True"),
         (["--model", "a=BACKBONE", "--prompts-file", "PROMPTS"], "prompts was"),
         (["--model", "a=BACKBONE", "--chat-format", "plain"], "chat format was '', now 'plain'"),
-        (["--model", "a=BACKBONE", "--dtype", "bfloat16"], "dtype was 'auto', now 'bfloat16'"),
+        (["--model", "a=BACKBONE", "--dtype", "bfloat16"], "dtype was 'float32', now 'bfloat16'"),
         (["--model", "a=BACKBONE", "--test", "OTHER"], "holds other test turns"),
         (["--model", "a=BACKBONE", "--test", "TEST", "--limit", "1"], "holds other test turns"),
         (["--model", "a=BACKBONE", "--test", "TEST", "--skip-greetings"], "holds other test turns"),
