@@ -134,6 +134,7 @@ def together(participants: Sequence[Participant]) -> None:
     """All of them from consent to thanks, at the same time."""
 
     def go(participant: Participant) -> None:
+        time.sleep(random.uniform(0, participant.pause))  # they do not all arrive in the same millisecond
         while participant.take_step():
             pass
 
