@@ -44,7 +44,7 @@ PROMPTS = (*REPLY_STYLES, "refine")
 OF_REPLIES = (
     "limit", "first_speaker", "skip_greetings", "style", "prompts_file", "temperature", "top_p", "top_k",
     "repetition_penalty", "max_new_tokens", "reflection_tokens", "reflection", "tries", "slots", "seed", "dtype",
-    "device", "revision", "chat_format",
+    "device", "revision", "shard", "chat_format",
 )  # fmt: skip
 OF_TEST_FILES = ("--limit", "--first-speaker", "--skip-greetings")
 

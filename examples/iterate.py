@@ -20,6 +20,7 @@ from selfevo.evaluation.report import add_table, write_report
 from selfevo.evolve import EvolveConfig, evolve, read_settings
 from selfevo.evolve.settings import REQUIRED, Leaf, change, compose, leaves
 from selfevo.files import FileError, locate
+from selfevo.kernels import ranks
 from selfevo.models.checkpoint import read_config
 from selfevo.training import describe_memory, estimate_memory, keep_freed_memory
 
@@ -39,15 +40,18 @@ EMBEDDED: dict[str, Any] = {
 }
 
 
-def parse(arguments: list[str] | None = None) -> tuple[EvolveConfig, bool, bool]:
-    """The configuration, whether to resume, and whether only to report the memory needed."""
+def parse(arguments: list[str] | None = None) -> tuple[EvolveConfig, bool, int | None]:
+    """The configuration, whether to resume, and for how many processes only to report the memory needed."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     for leaf in leaves(EvolveConfig).values():
         add_option(parser, leaf)
     parser.add_argument("--resume", action="store_true", help="continue the run in --out, with its settings")
-    parser.add_argument("--memory", action="store_true", help="only report the memory that the backbone needs")
+    parser.add_argument(
+        "--memory", nargs="?", type=int, const=ranks.size(), metavar="PROCESSES",
+        help="only report the memory that the backbone needs, with --shard that of each of so many processes",
+    )  # fmt: skip
     given = vars(parser.parse_args(arguments))
     resume, memory = given.pop("resume"), given.pop("memory")
     if resume and (run := given_run(parser, given)):
@@ -102,27 +106,30 @@ def is_embedded(config: EvolveConfig) -> bool:
     return config.backbone.source == EMBEDDED["backbone"] and config.data.test == EMBEDDED["test"]
 
 
-def tell_memory(config: EvolveConfig) -> str:
-    """What the backbone needs on a GPU, from its config.json alone."""
+def tell_memory(config: EvolveConfig, processes: int) -> str:
+    """What the backbone needs on each GPU, from its config.json alone."""
+    if processes < 1:
+        raise ValueError(f"--memory {processes}: the number of processes should be at least 1")
     backbone, row_tokens = config.backbone, config.training.max_tokens
     folder = locate(backbone.source, patterns=("config.json",), revision=backbone.revision or None)
     dtype = torch.float32 if backbone.dtype == "float32" else torch.bfloat16
     memory = estimate_memory(
         read_config(folder), iterations=config.iterations, dtype=dtype, rank=config.adapter.rank,
         row_tokens=row_tokens, slots=config.replies.slots, checkpointed=backbone.checkpoint_activations,
+        shared_by=processes if backbone.shard else 1,
     )  # fmt: skip
-    how = (
-        f"rows of {row_tokens} tokens{', checkpointed' * backbone.checkpoint_activations}, {config.replies.slots} slots"
-    )
-    return f"{backbone.source}, {dtype}, {how}:\n{describe_memory(memory)}"
+    how = [str(dtype), f"rows of {row_tokens} tokens", f"{config.replies.slots} slots"]
+    how += ["checkpointed"] * backbone.checkpoint_activations
+    how += [f"each of {processes} processes{', which share the weights' * backbone.shard}"] * (processes > 1)
+    return f"{backbone.source}, {', '.join(how)}:\n{describe_memory(memory)}"
 
 
 @program(memory=TRAINING)
 def main() -> int:
     config, resume, memory = parse()
     try:
-        if memory:
-            print(tell_memory(config))
+        if memory is not None:
+            print(tell_memory(config, memory))
             return 0
         print(f"selfevo: {config.backbone.source} on {config.data.esconv}, into {config.out}", flush=True)
         keep_freed_memory()

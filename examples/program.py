@@ -36,6 +36,8 @@ def program(*, memory: str, interrupted: str = "nothing was kept") -> Callable[[
 
                 work, should_tell = functools.partial(ranks.run, main, served=0), ranks.first_to_tell
             try:
+                if work is main and not any(argument.startswith("--memory") for argument in sys.argv):
+                    refuse_idle(["--shard"], "there is one process, and torchrun starts several")
                 code = work()
                 sys.stdout.flush()
                 return code

@@ -58,8 +58,11 @@ class LoRALinear(nn.Linear):
         self.base_type = type(base)
         self.register_parameter("bias", base.bias)
         wide = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
-        self.frozen_A: Tensor = nn.Buffer(base.weight.new_empty(0, self.in_features, dtype=wide))  # (R, I)
-        self.frozen_B: Tensor = nn.Buffer(base.weight.new_empty(self.out_features, 0, dtype=wide))  # (O, R), scaled
+        device = base.weight.device
+        self.frozen_A: Tensor = nn.Buffer(torch.empty(0, self.in_features, dtype=wide, device=device))  # (R, I)
+        self.frozen_B: Tensor = nn.Buffer(
+            torch.empty(self.out_features, 0, dtype=wide, device=device)
+        )  # (O, R), scaled
         self.adapter_enabled = True
         self.reset_adapter(rank, alpha, dropout, generator)
         self.train(base.training)
@@ -119,14 +122,14 @@ def _matches(name: str, targets: Collection[str]) -> bool:
     return any(name == target or name.endswith("." + target) for target in targets)
 
 
-def swap_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put each replacement wherever its key is registered, also if a module is registered in several places."""
-    if model in replacements:
-        raise ValueError("the model is itself a linear layer and cannot be replaced in place: wrap it in a module")
-    for parent in list(model.modules()):
-        for key, child in parent._modules.items():
-            if child is not None and child in replacements:
-                parent._modules[key] = replacements[child]
+def exchange(first: nn.Module, second: nn.Module) -> None:
+    """Makes each of two modules what the other is, in place. Done twice, both are again as they were.
+
+    Wherever a module is registered, and whoever knows it by its identity (as FSDP2 does the owners of the weights that
+    it gathers), it stays the same object.
+    """
+    first.__class__, second.__class__ = second.__class__, first.__class__
+    first.__dict__, second.__dict__ = second.__dict__, first.__dict__
 
 
 def inject_lora(
@@ -161,16 +164,19 @@ def _inject(model: nn.Module, names: list[str], rank: int, alpha: float, dropout
         raise ValueError("the model has adapters already: freeze_adapter adds one, merge_adapters folds them in")
     if not names:
         raise ValueError("there is no linear layer to adapt")
+    if "" in names:
+        raise ValueError("the model is itself a linear layer, without a name for its adapter: wrap it in a module")
     generator = torch.Generator().manual_seed(seed)
-    replacements: dict[nn.Module, nn.Module] = {}
+    adapted: dict[nn.Module, LoRALinear] = {}
     for name in names:
         base = model.get_submodule(name)
         if _matches(name, _HEAD):
             raise ValueError(f"{name} is the output head, whose weight is read directly: it cannot be adapted")
         if not isinstance(base, nn.Linear) or type(base) not in (nn.Linear, Linear):
             raise ValueError(f"{name} is a {type(base).__name__}, not a plain nn.Linear: it cannot be adapted")
-        replacements[base] = LoRALinear(base, rank, alpha, dropout, generator=generator)
-    swap_modules(model, replacements)
+        adapted[base] = LoRALinear(base, rank, alpha, dropout, generator=generator)
+    for base, layer in adapted.items():
+        exchange(base, layer)
     model.requires_grad_(False)
     for factor in lora_parameters(model):
         factor.requires_grad_(True)
@@ -244,13 +250,14 @@ def merge_adapters(model: nn.Module) -> float:
         stored = exact.to(layer.weight.dtype)
         size = update.norm().item()
         worst = max(worst, (stored - exact).norm().item() / size if size else 0.0)
-        swap_modules(model, {layer: _plain(layer, nn.Parameter(stored, requires_grad=False))})
+        exchange(layer, _plain(layer, nn.Parameter(stored, requires_grad=False)))
     return worst
 
 
 def remove_adapters(model: nn.Module) -> None:
     """Drop every adapter, frozen and trainable; what is left is the base model, still frozen."""
-    swap_modules(model, {layer: _plain(layer, layer.weight) for layer in _layers(model, LoRALinear).values()})
+    for layer in _layers(model, LoRALinear).values():
+        exchange(layer, _plain(layer, layer.weight))
 
 
 def _plain(layer: LoRALinear, weight: Tensor) -> nn.Linear:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -16,6 +18,8 @@ import torch.distributed as dist
 
 from selfevo.evolve import EvolveConfig, evolve
 from selfevo.kernels import ranks, watch
+from selfevo.models import Transformer, load_model
+from selfevo.models.sharded import own_part
 
 # One process imports everything once; ranks are forked from it.
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -107,6 +111,33 @@ def _arrange(fault: Fault) -> None:
 def run(config: EvolveConfig) -> int:
     evolve(config, resume=True)
     return 0
+
+
+def call(program: str, *arguments: str) -> int:
+    """One of the programs of ``examples/``, with these arguments."""
+    sys.argv = [program, *arguments]
+    code: int = importlib.import_module(program).main.__wrapped__()
+    return code
+
+
+def load_within(small: Path, large: Path) -> int:
+    ranks.build(_load_within, (small, large))
+    return 0
+
+
+def _load_within(folders: tuple[Path, Path]) -> Transformer:
+    """Loads what this rank keeps, with no more memory than for that and one tensor more."""
+    small, folder = folders
+    load_model(small, shared=True)  # for what is imported
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    model = load_model(folder, shared=True)
+    grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    parts = [own_part(parameter.detach())[1].nbytes for parameter in model.parameters()]
+    largest = max(parameter.nbytes for parameter in model.parameters())
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    if not (sum(parts) < 0.51 * whole and sum(parts) * 0.9 < grown < sum(parts) + largest + 2**24):
+        raise ValueError(f"of {whole} bytes this rank keeps {sum(parts)}, and used {grown} more to load them")
+    return model
 
 
 def refuse() -> int:

@@ -212,6 +212,7 @@ def _scored(model: Transformer, part: _Part) -> dict[int, Tensor]:
                 found = sums.view(len(own), -1).log_softmax(dim=1).cpu()
                 rows |= {index: row.clone() for (index, _), row in zip(own, found)}
                 bar.update(len(own))
+        model.keep_pace()
     finally:
         model.train(was_training)
     return rows

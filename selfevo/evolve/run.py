@@ -12,6 +12,7 @@ import torch
 from selfevo.datasets.corpus import HumanData
 from selfevo.datasets.seeds import derive_seed
 from selfevo.generate.replies import ReplySettings
+from selfevo.kernels import ranks
 from selfevo.models import ChatTokenizer, Transformer, load_model, load_tokenizer
 from selfevo.training.settings import AdapterSettings, PreferenceSettings, TrainSettings
 from selfevo.training.stages import Stage
@@ -31,6 +32,7 @@ class BackboneSettings:
     dtype: Annotated[str, "weights: auto is bfloat16 on a GPU, float32 on a CPU", DTYPES] = "auto"
     device: Annotated[str, "auto takes a GPU where there is one"] = "auto"
     revision: Annotated[str, "revision of a hub id"] = ""
+    shard: Annotated[bool, "under torchrun: every process keeps a part of the weights, not a copy"] = False
     chat_format: Annotated[str, "llama3, qwen2, mistral or plain, in place of the backbone's own template"] = ""
     name: str = ""  # the source as it was spelled when the run was begun, which adapters and answers note
 
@@ -89,15 +91,25 @@ class RunError(ValueError):
 def load_backbone(settings: BackboneSettings) -> tuple[Transformer, ChatTokenizer]:
     """The model, on its device, and its tokenizer. Raises RunError for a device that is not there, and where the two do
     not fit together."""
-    source, revision, device = settings.source, settings.revision or None, _device(settings.device)
+    source, revision = settings.source, settings.revision or None
     tokenizer = load_tokenizer(source, revision=revision, chat_format=settings.chat_format or None)
-    model = load_model(source, dtype=getattr(torch, dtype_of(settings)), device=device, revision=revision)
+    shared = settings.shard and ranks.size() > 1
+    model = ranks.build(_load_shared, settings) if shared else _load(settings)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise RunError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
         )
     model.checkpoint_activations = settings.checkpoint_activations
     return model, tokenizer
+
+
+def _load(settings: BackboneSettings, *, shared: bool = False) -> Transformer:
+    dtype, device = getattr(torch, dtype_of(settings)), _device(settings.device)
+    return load_model(settings.source, dtype=dtype, device=device, revision=settings.revision or None, shared=shared)
+
+
+def _load_shared(settings: BackboneSettings) -> Transformer:
+    return _load(settings, shared=True)
 
 
 def dtype_of(settings: BackboneSettings) -> str:

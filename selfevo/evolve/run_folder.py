@@ -37,7 +37,8 @@ from selfevo.models.checkpoint import INDEX
 from selfevo.models.tokenizer import FILES as TOKENIZER_FILES
 
 DRAWS = 2  # how seeds are derived; a run that was begun under another rule cannot be continued
-FREE = ("out", "device", "slots", "max_tokens", "checkpoint_activations")  # results differ in their rounding at most
+# Settings that may differ when a run is continued: results differ in their rounding at most.
+FREE = ("out", "device", "slots", "max_tokens", "checkpoint_activations", "shard")
 DATA = ("esconv", "synthetic", "replay", "test", "prompts_file")  # settings whose contents count, not their spelling
 _BACKBONE = ("config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES)
 _BLOCK, _BLOCKS = 2**16, 2**12  # of a file of the backbone beyond 256 MiB, so much is hashed

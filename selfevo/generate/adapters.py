@@ -7,9 +7,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from selfevo.kernels.linear import Linear, linear
-from selfevo.lora import LoRALinear, swap_modules
+from selfevo.lora import LoRALinear, exchange
 
 MAX_BYTES = 4 * 2**30  # of merged copies, which are held beside the weights
 
@@ -20,19 +21,22 @@ def decoding_layers(model: nn.Module) -> Iterator[None]:
 
     Layers of float32 (or float64) weights become plain products with a copy of ``W + s B A``; the sum is rounded as
     every float32 product is, about 1e-7 of the weights. A bfloat16 weight would round most of an adapter away. There,
-    and where the copies would take more than ``MAX_BYTES``, the adapters stay apart, stacked into one in the dtype of
+    where the copies would take more than ``MAX_BYTES``, and where ranks share the weights, the adapters stay apart, stacked into one in the dtype of
     the weights: two small products, whose rounding is below that of the layer's own result.
     """
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
     narrow = any(layer.weight.dtype not in (torch.float32, torch.float64) for layer in layers)
-    make = _StackedLinear if narrow or size > MAX_BYTES else _merged
-    replacements: dict[nn.Module, nn.Module] = {layer: make(layer) for layer in layers}
-    swap_modules(model, replacements)
+    shared = any(isinstance(layer.weight, DTensor) for layer in layers)
+    make = _StackedLinear if narrow or shared or size > MAX_BYTES else _merged
+    others = [make(layer) for layer in layers]
+    for layer, other in zip(layers, others):
+        exchange(layer, other)
     try:
         yield
     finally:
-        swap_modules(model, {new: old for old, new in replacements.items()})
+        for layer, other in zip(layers, others):
+            exchange(layer, other)
 
 
 def _factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:

@@ -41,7 +41,6 @@ def _unobserved(phase: Phase, rows: int, waiting: int) -> AbstractContextManager
     return nullcontext()
 
 
-@torch.inference_mode()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -88,7 +87,9 @@ def generate(
     model.eval()
     try:
         bar = tqdm(total=len(prompts), desc=progress, unit="reply", disable=progress is None)
-        with bar, decoding_layers(model):
+        # What FSDP2 gathers in inference mode could not be gathered again in training.
+        without_gradients = torch.no_grad() if model.shared else torch.inference_mode()
+        with bar, without_gradients, decoding_layers(model):
             decoder = _Decoder(model, sampling, sequences, ending, batch_size, on_reply, cuda_graphs, observer)
             while decoder.step():
                 bar.update(decoder.finished - bar.n)

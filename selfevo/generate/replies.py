@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
+
 from selfevo.datasets.encoding import fit_prompt
 from selfevo.datasets.seeds import derive_seed
 from selfevo.dialogue import Messages
@@ -175,6 +177,8 @@ def _sample(model: Transformer, part: _Part) -> dict[int, Reply]:
         keys=indices, batch_size=part.slots, stop_when=None if stop_when is None else stop, form=part.form,
         on_reply=finish, progress=part.label if ranks.rank() == 0 else None, **vars(part.sampling),
     )  # fmt: skip
+    with torch.no_grad():
+        model.keep_pace()
     return found
 
 

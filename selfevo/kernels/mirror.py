@@ -1,4 +1,7 @@
-"""Mirrors: copies of rank 0's models on the other ranks, of which only what has changed is sent."""
+"""Mirrors: copies of rank 0's models on the other ranks, of which only what has changed is sent.
+
+Weights that the ranks share out (DTensors) are never sent: each rank has loaded its part of them.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 _BUCKET = 2**26  # bytes of small tensors that are sent as one
 Send = Callable[[Tensor], None]  # broadcasts a tensor of bytes from rank 0, in place on the others
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """One of the modules of a model whose weights are shared out, which FSDP2 allows no copies of: its class where it
+    has no submodules (FSDP2 gives those that have some another), its settings, and its own tensors on the meta device,
+    but for those that are shared out."""
+
+    kind: type[nn.Module] | None
+    settings: dict[str, Any]
+    parameters: dict[str, Tensor | None]
+    buffers: dict[str, Tensor | None]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Skeleton:
+        if module._modules:
+            return cls(None, _settings(module), {}, {})
+        settings = {key: value for key, value in vars(module).items() if not key.startswith("_")}
+        parameters, buffers = (
+            {key: _without_value(value) for key, value in tensors.items() if not isinstance(value, DTensor)}
+            for tensors in (module._parameters, module._buffers)
+        )
+        return cls(type(module), settings, parameters, buffers)
+
+    def put_into(self, module: nn.Module) -> None:
+        vars(module).update(self.settings)
+        if self.kind is not None:
+            module.__class__ = self.kind
+            shared = {key: value for key, value in module._parameters.items() if isinstance(value, DTensor)}
+            vars(module).update(_parameters=shared | self.parameters, _buffers=dict(self.buffers))
 
 
 @dataclass(frozen=True)
@@ -20,7 +54,7 @@ class Changes:
     """What the mirror of a model needs: its modules where they changed (without the tensors' values), and the tensors
     that follow, each with all its names."""
 
-    modules: nn.Module | None
+    modules: nn.Module | dict[str, Skeleton] | None
     tensors: list[tuple[tuple[str, ...], torch.Size, torch.dtype, str]]
 
 
@@ -34,7 +68,11 @@ class Original:
     def changes(self, model: nn.Module) -> tuple[Changes, list[Tensor]]:
         """What has changed since the last call, and the tensors to send."""
         outline, named = _outline(model), _tensors(model)
-        modules = _without_values(model) if outline != self.outline else None
+        modules: nn.Module | dict[str, Skeleton] | None = None
+        if outline != self.outline and any(isinstance(tensor, DTensor) for tensor in model.parameters()):
+            modules = {name: Skeleton.of(module) for name, module in model.named_modules()}
+        elif outline != self.outline:
+            modules = _without_values(model)
         changed = [(names, tensor) for names, tensor in named if not self._knows(names[0], tensor)]
         self.outline = outline
         self.sent = {names[0]: (weakref.ref(tensor), tensor._version) for names, tensor in named}
@@ -59,9 +97,14 @@ def follow(
     for names, shape, dtype, kind in changes.tensors:
         fresh.append(torch.empty(shape, dtype=dtype, device=device(kind)))
         known |= dict.fromkeys(names, fresh[-1])
-    wanted = changes.modules.state_dict().keys()
-    changes.modules.load_state_dict({name: known[name] for name in wanted}, assign=True)
-    return changes.modules, fresh
+    if isinstance(changes.modules, nn.Module):
+        mirror = changes.modules
+    else:
+        assert mirror is not None  # built by this rank
+        for name, skeleton in changes.modules.items():
+            skeleton.put_into(mirror.get_submodule(name))
+    mirror.load_state_dict({name: known[name] for name in mirror.state_dict()}, assign=True)
+    return mirror, fresh
 
 
 @torch.no_grad()
@@ -93,10 +136,12 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _tensors(model: nn.Module) -> list[tuple[tuple[str, ...], Tensor]]:
-    """The tensors of a model, each with all its names."""
+    """The tensors of a model that are not shared out, each with all its names."""
     names: dict[int, list[str]] = {}
     found: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, DTensor):
+            continue
         names.setdefault(id(tensor), []).append(name)
         found[id(tensor)] = tensor
     return [(tuple(names[key]), tensor) for key, tensor in found.items()]
@@ -104,10 +149,7 @@ def _tensors(model: nn.Module) -> list[tuple[tuple[str, ...], Tensor]]:
 
 def _outline(model: nn.Module) -> Any:
     """What makes a model another one, but for the values of its tensors: modules with their plain settings, shapes."""
-    modules = [
-        (name, type(module), [(key, value) for key, value in vars(module).items() if isinstance(value, (int, float))])
-        for name, module in model.named_modules()
-    ]
+    modules = [(name, type(module), _settings(module)) for name, module in model.named_modules()]
     tensors = [
         (name, value.shape, value.dtype, value.requires_grad)
         for name, value in model.state_dict(keep_vars=True).items()
@@ -115,11 +157,18 @@ def _outline(model: nn.Module) -> Any:
     return modules, tensors
 
 
+def _settings(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in vars(module).items() if isinstance(value, (int, float))}
+
+
 def _without_values(model: nn.Module) -> nn.Module:
     """A copy whose tensors are on the meta device."""
-    memo: dict[int, Any] = {}
-    for _, tensor in _tensors(model):
-        empty = torch.empty_like(tensor, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+    memo: dict[int, Any] = {id(tensor): _without_value(tensor) for _, tensor in _tensors(model)}
     return copy.deepcopy(model, memo)
+
+
+def _without_value(tensor: Tensor | None) -> Tensor | None:
+    if tensor is None:
+        return None
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

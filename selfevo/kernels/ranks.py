@@ -2,16 +2,19 @@
 the work on its models to all ranks, itself included.
 
 A part is a function of a model and of something that can be pickled; the other ranks serve, with mirrors of the models.
-Without torchrun there is one rank, which does everything itself.
+A model may also be built by all ranks, each with a part of the weights. Without torchrun there is one rank, which does
+everything itself.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -19,17 +22,45 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from selfevo.kernels.mirror import Original, follow, transfer
+from selfevo.kernels.mirror import Changes, Original, follow, transfer
 from selfevo.kernels.watch import AGAIN, Watch
 
 M = TypeVar("M", bound=nn.Module)
+G = TypeVar("G")
 P = TypeVar("P")
 R = TypeVar("R")
 _FOR_EVER = timedelta(days=7)  # how long a rank may wait for another that shows signs of life
 
 
+_PEER = re.compile(r"gloo|NCCL|closed by peer|Connection reset")  # in the error of a collective
+
+
 class RankError(OSError):
     """Another rank cannot be reached any more; the message says what to do."""
+
+
+def _of_peer(error: RuntimeError) -> RankError:
+    return RankError(f"another rank has died ({str(error).splitlines()[0]}); {AGAIN}")
+
+
+@dataclass(frozen=True)
+class _Build:
+    """What all ranks are asked to build."""
+
+    number: int  # of the model
+    make: Callable[[Any], nn.Module]
+    given: Any
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What all ranks are asked to do with a model that has changed in some ways; ``alive`` are the models in use."""
+
+    function: Callable[[Any, Any], Any]
+    number: int
+    changes: Changes
+    alive: set[int]
+    parts: Sequence[Any]
 
 
 class _World:
@@ -49,9 +80,17 @@ class _World:
         if self.local < gpus:
             torch.cuda.set_device(self.local)
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-        with self._waiting():
+        with self.waiting():
             store = _store(False)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_FOR_EVER)
+
+    def build(self, make: Callable[[G], M], given: G) -> M:
+        self._broadcast_object(_Build(self.counted, make, given))
+        model, original = make(given), Original()
+        original.changes(model)  # none: all ranks have built the same
+        self.originals[model] = self.counted, original
+        self.counted += 1
+        return model
 
     def deal(self, function: Callable[[M, P], R], model: M, parts: Sequence[P]) -> list[R]:
         number, original = self.originals.get(model) or (self.counted, Original())
@@ -59,25 +98,34 @@ class _World:
         self.originals[model] = number, original
         changes, tensors = original.changes(model)
         alive = {number for number, _ in self.originals.values()}
-        self._broadcast_object((function, number, changes, alive, parts))
+        self._broadcast_object(_Parts(function, number, changes, alive, parts))
         transfer(tensors, self._send, first=True)
-        own = function(model, parts[0])
+        own = self._do(function, model, parts[0])
         found: list[Any] = [None] * self.size
-        with self._waiting():
+        with self.waiting():
             dist.gather_object(None, found)
         return [own, *found[1:]]
 
     def serve(self) -> None:
-        """Does the parts that rank 0 deals, until it has no more."""
+        """Does what rank 0 asks for, until it needs no more."""
         while (job := self._broadcast_object(None)) is not None:
-            function, number, changes, alive, parts = job
-            model, tensors = follow(self.mirrors.get(number), changes, self._device)
+            if isinstance(job, _Build):
+                self.mirrors[job.number] = job.make(job.given)
+                continue
+            model, tensors = follow(self.mirrors.get(job.number), job.changes, self._device)
             transfer(tensors, self._send, first=False)
-            self.mirrors = {known: mirror for known, mirror in self.mirrors.items() if known in alive}
-            self.mirrors[number] = model
-            result = function(model, parts[self.rank])
-            with self._waiting():
+            self.mirrors = {known: mirror for known, mirror in self.mirrors.items() if known in job.alive}
+            self.mirrors[job.number] = model
+            result = self._do(job.function, model, job.parts[self.rank])
+            with self.waiting():
                 dist.gather_object(result)
+
+    def _do(self, function: Callable[[M, P], R], model: M, part: P) -> R:
+        """A part, in which weights may be gathered from all ranks."""
+        try:
+            return function(model, part)
+        except RuntimeError as error:
+            raise _of_peer(error) if _PEER.search(str(error)) else error
 
     def end(self) -> None:
         """Lets the other ranks go; called by all of them."""
@@ -87,16 +135,22 @@ class _World:
         dist.destroy_process_group()
 
     def reduce(self, tensor: Tensor) -> None:
-        with self._waiting():
+        with self.waiting():
             dist.reduce(tensor, 0)
 
+    def any(self, flag: bool) -> bool:
+        found = torch.tensor(int(flag))
+        with self.waiting():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found)
+
     def _send(self, tensor: Tensor) -> None:
-        with self._waiting():
+        with self.waiting():
             dist.broadcast(tensor, 0)
 
     def _broadcast_object(self, job: Any) -> Any:
         box = [job]
-        with self._waiting():
+        with self.waiting():
             dist.broadcast_object_list(box)
         return box[0]
 
@@ -109,7 +163,7 @@ class _World:
         return torch.device(kind, self.local) if kind == "cuda" else torch.device(kind)
 
     @contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
         """Around everything that takes all ranks."""
         self.watch.turn += 1
         try:
@@ -117,7 +171,7 @@ class _World:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # a peer has closed the connection
-            raise RankError(f"another rank has died ({str(error).splitlines()[0]}); {AGAIN}") from error
+            raise _of_peer(error) from error
         finally:
             self.watch.turn += 1
 
@@ -175,6 +229,17 @@ def deal(function: Callable[[M, P], R], model: M, parts: Sequence[P]) -> list[R]
     """
     assert len(parts) == size()
     return [function(model, parts[0])] if _world is None else _world.deal(function, model, parts)
+
+
+def build(make: Callable[[G], M], given: G) -> M:
+    """The model ``make(given)``, built by every rank, each of which may keep another part of its weights (as DTensors);
+    what is not shared out, and adapters that come and go, is kept the same on all ranks when parts are dealt."""
+    return make(given) if _world is None else _world.build(make, given)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is up on any rank; to be called by all of them."""
+    return flag if _world is None else _world.any(flag)
 
 
 def sum_on_first(tensor: Tensor) -> None:

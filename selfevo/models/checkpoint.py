@@ -31,6 +31,7 @@ from selfevo.kernels.elementwise import all_finite
 from selfevo.models import llama, mistral, qwen2
 from selfevo.models.hf_config import ConfigError, ConfigReader
 from selfevo.models.model_config import ModelConfig
+from selfevo.models.sharded import in_place_of, own_rows, share_out
 from selfevo.models.tokenizer import FILES as TOKENIZER_FILES
 from selfevo.models.tokenizer import ChatTokenizer
 from selfevo.models.transformer import Transformer
@@ -54,12 +55,14 @@ def load_model(
     device: str | torch.device = "cpu",
     revision: str | None = None,
     allow_unknown: Collection[str] = (),
+    shared: bool = False,
 ) -> Transformer:
     """Loads a Llama, Qwen2 or Mistral checkpoint from a folder in Hugging Face layout or a hub id.
 
     ``dtype`` None keeps the stored one, that of the first tensor where there are several. ``allow_unknown`` names keys
     of config.json that are left out though this library does not know them. Tensors are read one at a time, so the peak
-    host memory is the weights in the target dtype plus one tensor. Raises :class:`CheckpointError`, with the name of
+    host memory is the weights in the target dtype plus one tensor. ``shared``: the ranks of torch.distributed, all of
+    which make this call, share the weights out (``sharded.py``), and each reads its own part. Raises :class:`CheckpointError`, with the name of
     the file or tensor, for a truncated file and a missing, extra or mis-shaped tensor, and ``ConfigError``, with the
     key, for a configuration that is not implemented. Both are ValueErrors.
     """
@@ -78,7 +81,9 @@ def load_model(
         raise CheckpointError(f"{folder}: config.json has {config.num_layers} layers, its weights {stored} tensors")
     with torch.device("meta"):
         model = Transformer(config)
-    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    if shared:
+        share_out(model, torch.device(device).type)
+    expected = model.state_dict()
     loaded: dict[str, Tensor] = {}
     for shard, names in shards.items():
         for name in names:
@@ -89,9 +94,9 @@ def load_model(
             loaded[name] = _read_tensor(shard, name, expected[name], dtype, torch.device(device))
             dtype = dtype or loaded[name].dtype
     if config.tied:  # the shared tensor may be stored under either name or under both
-        shared = [loaded[name] for name in (EMBEDDING, HEAD) if name in loaded]
-        if shared:
-            loaded[EMBEDDING] = loaded[HEAD] = shared[0]
+        either = [loaded[name] for name in (EMBEDDING, HEAD) if name in loaded]
+        if either:
+            loaded[EMBEDDING] = loaded[HEAD] = either[0]
     missing = sorted(expected.keys() - loaded.keys())
     if missing:
         raise CheckpointError(f"{folder}: {len(missing)} tensors are missing, the first is {missing[0]}")
@@ -106,7 +111,7 @@ def _has_own_head(shards: Mapping[Path, Sequence[str]]) -> bool:
     places = {name: shard for shard, names in shards.items() for name in names if name in (EMBEDDING, HEAD)}
     if len(places) < 2:
         return False
-    return not torch.equal(*(_stored(places[name], name) for name in (EMBEDDING, HEAD)))
+    return not torch.equal(*(_stored(places[name], name)[1] for name in (EMBEDDING, HEAD)))
 
 
 def read_config(folder: Path, allow_unknown: Collection[str] = ()) -> ModelConfig:
@@ -166,27 +171,28 @@ def _stored_names(folder: Path, path: Path) -> list[str]:
         raise CheckpointError(str(error)) from error
 
 
-def _stored(path: Path, name: str) -> Tensor:
+def _stored(path: Path, name: str, rows: slice = slice(None)) -> tuple[tuple[int, ...], Tensor]:
+    """The shape of a tensor in a file, and some of its rows."""
     try:
         with safe_open(path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-            return tensor
+            stored = file.get_slice(name)
+            return tuple(stored.get_shape()), stored[rows]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {name} cannot be read ({error}); the file is damaged") from error
 
 
-def _read_tensor(path: Path, name: str, shape: torch.Size, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-    """One tensor, copied out of the file, which is closed at once: its mapped pages would count as memory in use."""
-    tensor = _stored(path, name)
-    if tensor.shape != shape:
-        stored, wanted = tuple(tensor.shape), tuple(shape)
-        raise CheckpointError(f"{path}: {name} has shape {stored}, but the configuration needs {wanted}")
+def _read_tensor(path: Path, name: str, place: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
+    """What a rank keeps of a tensor, copied out of the file, which is closed at once: its mapped pages would count as
+    memory in use. ``place`` is the tensor of the model, without values."""
+    shape, tensor = _stored(path, name, own_rows(place))
+    if shape != place.shape:
+        raise CheckpointError(f"{path}: {name} has shape {shape}, but the configuration needs {tuple(place.shape)}")
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}; quantised weights are not implemented")
     tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)
     if not all_finite(tensor):
         raise CheckpointError(f"{path}: {name} holds NaN or infinite numbers; the file is damaged, or of a failed run")
-    return tensor
+    return in_place_of(place, tensor)
 
 
 def save_pretrained(model: Transformer, tokenizer: ChatTokenizer | None, folder: str | Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from selfevo.kernels import ranks
 from selfevo.kernels.elementwise import rms_norm, rotate, swiglu
 from selfevo.kernels.linear import Linear
 from selfevo.models.attention import AttentionContext, Causal, Masked
@@ -18,12 +19,14 @@ from selfevo.models.rope import rope_tables
 
 
 class Transformer(nn.Module):
-    """A causal language model. ``checkpoint_activations`` saves memory in training by a second forward pass."""
+    """A causal language model. ``checkpoint_activations`` saves memory in training by a second forward pass; ``shared``
+    says that the ranks share its weights (``sharded.py``), so that all of them have to make the same passes."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
+        self.shared = False
         self.model = Backbone(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied:
@@ -55,7 +58,20 @@ class Transformer(nn.Module):
         None means causal in the order of the row. Raises ValueError for tokens of another shape.
         """
         positions = _positions(tokens, positions)
-        context = context or Causal(positions)
+        if self.shared:
+            ranks.any_rank(True)
+        return self._pass(tokens, positions, context or Causal(positions))
+
+    def keep_pace(self) -> None:
+        """Ends a rank's part of some work: where weights are shared, each pass of any rank gathers them from all, so as
+        long as another rank computes this one does too, over one token, backward as well where gradients are on."""
+        while self.shared and ranks.any_rank(False):
+            token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+            hidden = self._pass(token, token, Causal(token))
+            if hidden.requires_grad:
+                hidden.sum().backward()
+
+    def _pass(self, tokens: Tensor, positions: Tensor, context: AttentionContext) -> Tensor:
         x = self.model.embed_tokens(tokens)
         config = self.config
         rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling, x.dtype)

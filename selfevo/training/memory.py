@@ -1,8 +1,9 @@
-"""How much memory a run needs, from the configuration alone: exact but for activations."""
+"""How much memory a run needs on each device, from the configuration alone: exact but for activations."""
 
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ GIB = 2.0**30
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on the device; training and rollouts take turns, so a run needs the larger of the two sums."""
+    """Bytes on one device; training and rollouts take turns, so a run needs the larger of the two sums."""
 
     weights: int
     adapters: int  # trainable adapter in float32, its gradient twice, AdamW's moments; the frozen ones
@@ -46,10 +47,12 @@ def estimate_memory(
     slots: int = SLOTS,
     context: int = 2048,
     checkpointed: bool = False,
+    shared_by: int = 1,
 ) -> Memory:
     """Memory for training adapters of ``rank``, stacked ``iterations`` high, on packed rows of ``row_tokens``, and for
     ``slots`` replies of ``context`` tokens each. Weights, adapters and cache are exact; activations are counted from
-    what each step of a block keeps, where two branches of a row are taken to see each key."""
+    what each step of a block keeps, where two branches of a row are taken to see each key. ``shared_by`` so many
+    processes (``--shard``), blocks of weights are divided by that number, and two are gathered at a time."""
     with torch.device("meta"):
         model = Transformer(config)
     size = dtype.itemsize
@@ -64,9 +67,11 @@ def estimate_memory(
     kept = config.num_layers * (size * config.hidden_size if checkpointed else block)
     passing = 10 * config.intermediate_size  # a product of the MLP with its adapter, widened to float32
     head = min(row_tokens, HEAD_BYTES // (size * config.vocab_size)) * config.vocab_size * (size + 4)
+    weights = [sum(p.numel() for p in module.parameters()) * size for module in (model, model.model.layers)]
+    gathered = 2 * weights[1] // config.num_layers if shared_by > 1 else 0  # the one computed, and the next
     stored = 2 * config.num_layers * keys * size
     return Memory(
-        weights=sum(parameter.numel() for parameter in model.parameters()) * size,
+        weights=weights[0] - weights[1] + math.ceil(weights[1] / shared_by) + gathered,
         adapters=adapter * (4 * (4 + iterations) + 8),  # gradients are added up in float64
         activations=row_tokens * kept + max(row_tokens * (passing + (block if checkpointed else 0)), head),
         cache=slots * context * stored,

@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from selfevo.files import read_object, write_json
 from selfevo.kernels import ranks
 from selfevo.lora import disable_adapters
+from selfevo.models.sharded import own_part
 from selfevo.models.transformer import Transformer
 from selfevo.scoring import packed_logps
 from selfevo.training.objectives import PairIds, both_sides
@@ -38,6 +40,7 @@ def reference_logps(model: Transformer, pairs: Sequence[PairIds], max_tokens: in
 def _reference_part(model: Transformer, packs: list[list[PairIds]]) -> Tensor:
     with disable_adapters(model):
         found = [packed_logps(model, both_sides(pairs))[0].view(2, -1).T for pairs in packs]
+        model.keep_pace()
     return torch.cat(found).cpu() if found else torch.empty(0, 2)
 
 
@@ -48,17 +51,27 @@ def fingerprint(model: Transformer, pairs: Sequence[PairIds]) -> str:
     iterations, are taken whole.
     """
     digest = hashlib.sha256(repr(model.config).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.endswith((".lora_A", ".lora_B")):
-            continue
-        flat = tensor.detach().flatten()
-        if "frozen_" not in name:
-            flat = flat[:: max(1, flat.numel() // 1024)]
-        digest.update(name.encode() + flat.float().cpu().numpy().tobytes())
+    by_rank = ranks.deal(_own_values, model, [None] * ranks.size()) if model.shared else [_own_values(model)]
+    for name in sorted(by_rank[0]):
+        digest.update(name.encode() + b"".join(own[name] for own in by_rank if name in own))
     for pair in pairs:
         for ids in (pair.prompt, pair.chosen, pair.rejected):
             digest.update(np.asarray([len(ids), *ids], dtype=np.int64).tobytes())
     return digest.hexdigest()
+
+
+def _own_values(model: Transformer, _: None = None) -> dict[str, bytes]:
+    """What this rank has of the values that identify a model, by name; what is whole on all ranks, on the first one."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        if name.endswith((".lora_A", ".lora_B")) or (ranks.rank() > 0 and not isinstance(tensor, DTensor)):
+            continue
+        start, own = own_part(tensor.detach())
+        if "frozen_" not in name:
+            stride = max(1, tensor.numel() // 1024)
+            own = own[-start % stride :: stride]
+        found[name] = own.float().cpu().numpy().tobytes()
+    return found
 
 
 def stored_reference(model: Transformer, pairs: list[PairIds], path: Path, max_tokens: int) -> torch.Tensor:

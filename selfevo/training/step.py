@@ -108,6 +108,7 @@ def _gradients(model: Transformer, part: _Part) -> list[Statistics]:
             found.append(statistics)
             if not alone:
                 total = _moved_gradient(parameters, total)
+        model.keep_pace()
     if not alone:
         if total is None:  # this rank has no pack
             total = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float64, device=model.device)
@@ -175,4 +176,6 @@ def evaluate_held_out(model: Transformer, held_out: Objective, settings: TrainSe
 
 @torch.no_grad()
 def _statistics(model: Transformer, part: _Part) -> list[Statistics]:
-    return _for_first([part.objective.loss(model, members)[1] for _, members in part.packs], model.device)
+    found = [part.objective.loss(model, members)[1] for _, members in part.packs]
+    model.keep_pace()
+    return _for_first(found, model.device)

@@ -77,10 +77,3 @@ def test_a_failed_capture_is_said_once_and_steps_run_as_they_are(monkeypatch: py
 
 def test_there_are_no_graphs_on_a_cpu() -> None:
     assert step_graphs(torch.device("cpu")) is None
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-def test_graphs_on_a_gpu_give_the_replies_of_single_calls() -> None:
-    model = tiny_model().cuda()
-    found = generate(model, PROMPTS, max_new_tokens=12, batch_size=4, stop_when=ends, cuda_graphs=True)
-    assert generate(model, PROMPTS, max_new_tokens=12, batch_size=4, stop_when=ends) == found

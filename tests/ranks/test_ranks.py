@@ -15,7 +15,7 @@ import torch
 from conftest import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import Fault, deal_a_broken_part, deal_a_part_that_waits, launch, refuse, run
+from processes import Fault, call, deal_a_broken_part, deal_a_part_that_waits, launch, load_within, refuse, run
 from runs import ITERATE, configuration, flags
 from safetensors.torch import load_file
 
@@ -23,7 +23,7 @@ from selfevo.evolve import evolve
 from selfevo.kernels import ranks, watch
 from selfevo.kernels.mirror import Original, follow, transfer
 from selfevo.lora import disable_adapters, freeze_adapter, inject_lora, lora_parameters, remove_adapters
-from selfevo.models import load_tokenizer
+from selfevo.models import load_tokenizer, save_pretrained
 
 # Every item is a pack of its own, so that there is something to deal; dropout, as its draws must not depend on ranks.
 DEALT: dict[str, Any] = {"max_tokens": 8, "accumulation": 2, "iterations": 1, "lora_dropout": 0.1, "limit": 4}
@@ -138,17 +138,67 @@ def assert_same(run: Path, whole: Path) -> None:
     assert ours == theirs  # no rank but the first has left anything
 
 
+@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
 @pytest.mark.parametrize("size", [2, 3])
 def test_several_ranks_give_the_adapters_pairs_replies_and_table_of_one(
     size: int,
+    shard: bool,
     world: Path,
     whole: Path,
     tmp_path: Path,
 ) -> None:
-    ended = launch(size, tmp_path, run, configuration(world, tmp_path / "run", **DEALT))
+    ended = launch(size, tmp_path, run, configuration(world, tmp_path / "run", shard=shard, **DEALT))
     assert ended.codes == [0] * size, ended.errors
     assert_same(tmp_path / "run", whole)
     assert all("it/s" not in text and "reply" not in text for text in ended.errors[1:])  # one shows progress
+
+
+def test_models_are_evaluated_and_compared_under_all_prompts(world: Path, whole: Path, tmp_path: Path) -> None:
+    """By ``evaluate.py``, whose models come with adapters and without, and ``ablate.py prompts``."""
+    source = f"{world / 'backbone'}"
+    asked = [
+        "--test",
+        str(world / "test.json"),
+        "--max-new-tokens",
+        "8",
+        "--prompts",
+        "vanilla",
+        "refine",
+        "--tries",
+        "1",
+    ]
+    asked += ["--model", f"plain={source}", "--model", f"M1={source}@{whole / 'M1'}"]
+    for size in (1, 3):
+        ended = launch(
+            size, tmp_path / f"ranks-{size}", call, "evaluate", str(tmp_path / str(size)), *asked, *SHARD[size]
+        )
+        assert ended.codes == [0] * size, ended.errors
+    assert_same_files(tmp_path / "3" / "eval", tmp_path / "1" / "eval")
+    given = flags(configuration(world, tmp_path / "ablation"))
+    ended = launch(2, tmp_path / "ranks-2", call, "ablate", "prompts", *given, "--iterations", "1", "--shard")
+    assert ended.codes == [0, 0], ended.errors
+    assert "| M1, refine" in (tmp_path / "ablation" / "prompts.md").read_text()
+
+
+def test_the_decoupled_system_is_trained_and_evaluated(world: Path, tmp_path: Path) -> None:
+    given = ["--backbone", str(world / "backbone"), "--esconv", str(world / "esconv.json"), "--epochs", "1"]
+    given += ["--max-new-tokens", "8", "--learning-rate", "1e-3", "--batch-size", "4", "--max-tokens", "8"]
+    given += ["--judge", str(world / "backbone"), "--judge-answers", "guided"]
+    for size in (1, 3):
+        out = ["--out", str(tmp_path / str(size))]
+        ended = launch(size, tmp_path / f"ranks-{size}", call, "decoupled", *given, *out, *SHARD[size])
+        assert ended.codes == [0] * size, ended.errors
+    assert_same_files(tmp_path / "3" / "eval", tmp_path / "1" / "eval")
+
+
+SHARD: dict[int, list[str]] = {1: [], 3: ["--shard"]}
+
+
+def assert_same_files(ours: Path, theirs: Path) -> None:
+    names = sorted(path.relative_to(theirs) for path in theirs.rglob("*") if path.suffix in (".jsonl", ".md"))
+    assert names
+    for name in names:
+        assert (ours / name).read_text() == (theirs / name).read_text(), name
 
 
 # In the order of a run. Of two calls the second is in the middle: a rank has something of its own on disk.
@@ -162,13 +212,16 @@ STAGES = [
 ]
 
 
+@pytest.mark.parametrize("shards", [(False, False), (True, False), (False, True)], ids=["whole", "shared", "mixed"])
 def test_after_a_rank_was_killed_in_each_stage_another_number_of_ranks_goes_on_to_the_same_result(
+    shards: tuple[bool, bool],
     world: Path,
     whole: Path,
     tmp_path: Path,
 ) -> None:
-    config = configuration(world, tmp_path / "run", **DEALT)
+    """``shards``: whether they share the weights in the first, third .. and in the second, fourth .. of the calls."""
     for place, (size, fault) in enumerate(STAGES):
+        config = configuration(world, tmp_path / "run", shard=shards[place % 2], **DEALT)
         ended = launch(size, tmp_path / str(place), run, config, fault=fault)
         assert ended.codes[fault.rank] == -signal.SIGKILL, (place, ended)
         assert all(code == 1 for rank, code in enumerate(ended.codes) if rank != fault.rank)
@@ -177,6 +230,13 @@ def test_after_a_rank_was_killed_in_each_stage_another_number_of_ranks_goes_on_t
         assert "--resume" in sentence
     assert run(config) == 0
     assert_same(tmp_path / "run", whole)
+
+
+def test_a_rank_reads_no_more_of_the_weights_than_it_keeps(world: Path, tmp_path: Path) -> None:
+    wide = {"hidden_size": 512, "intermediate_size": 2048, "num_layers": 12, "num_heads": 8, "head_dim": 64}
+    save_pretrained(tiny_model(**wide), None, tmp_path / "model")
+    ended = launch(2, tmp_path / "ranks", load_within, world / "backbone", tmp_path / "model")
+    assert ended.codes == [0, 0], ended.errors
 
 
 def test_a_rank_that_hangs_ends_all_with_one_sentence(world: Path, tmp_path: Path) -> None:
