@@ -64,7 +64,8 @@ class Step:
     def told(self) -> str:
         times = self.milliseconds
         bound = max(times, key=lambda name: times[name])
-        return f"{self.flops / 1e12:.1f} | {self.moved / 1e9:.1f} | {self.received / 1e9:.1f} | {bound}, {times[bound]:.1f} ms"
+        amounts = (self.flops / 1e12, self.moved / 1e9, self.received / 1e9)
+        return " | ".join(f"{amount:.1f}" for amount in amounts) + f" | {bound}, {times[bound]:.1f} ms"
 
 
 def steps(case: Case) -> tuple[Step, Step]:
@@ -97,9 +98,18 @@ def steps(case: Case) -> tuple[Step, Step]:
 
 
 def main() -> None:
-    print(
-        "| model | GPUs | weights | training, GiB | rollout, GiB | step | TFLOP | GB of memory | GB received | bound by |"
-    )
+    names = [
+        "model",
+        "GPUs",
+        "weights",
+        "training, GiB",
+        "rollout, GiB",
+        "step",
+        "TFLOP",
+        "GB of memory",
+        "GB received",
+    ]
+    print(f"| {' | '.join(names)} | bound by |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for case in CASES:
         shared_by = case.gpus if case.shard else 1

@@ -21,8 +21,9 @@ def decoding_layers(model: nn.Module) -> Iterator[None]:
 
     Layers of float32 (or float64) weights become plain products with a copy of ``W + s B A``; the sum is rounded as
     every float32 product is, about 1e-7 of the weights. A bfloat16 weight would round most of an adapter away. There,
-    where the copies would take more than ``MAX_BYTES``, and where ranks share the weights, the adapters stay apart, stacked into one in the dtype of
-    the weights: two small products, whose rounding is below that of the layer's own result.
+    where the copies would take more than ``MAX_BYTES``, and where ranks share the weights, the adapters stay apart,
+    stacked into one in the dtype of the weights: two small products, whose rounding is below that of the layer's own
+    result.
     """
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)

@@ -125,7 +125,9 @@ class _World:
         try:
             return function(model, part)
         except RuntimeError as error:
-            raise _of_peer(error) if _PEER.search(str(error)) else error
+            if _PEER.search(str(error)):
+                raise _of_peer(error) from error
+            raise
 
     def end(self) -> None:
         """Lets the other ranks go; called by all of them."""

@@ -61,10 +61,13 @@ def load_model(
 
     ``dtype`` None keeps the stored one, that of the first tensor where there are several. ``allow_unknown`` names keys
     of config.json that are left out though this library does not know them. Tensors are read one at a time, so the peak
-    host memory is the weights in the target dtype plus one tensor. ``shared``: the ranks of torch.distributed, all of
-    which make this call, share the weights out (``sharded.py``), and each reads its own part. Raises :class:`CheckpointError`, with the name of
-    the file or tensor, for a truncated file and a missing, extra or mis-shaped tensor, and ``ConfigError``, with the
-    key, for a configuration that is not implemented. Both are ValueErrors.
+    host memory is the weights in the target dtype plus one tensor. With ``shared``, the processes of torch.distributed,
+    all of which make this call, divide the weights of the blocks, which are then frozen, and each reads its own part
+    (see ``sharded.py``).
+
+    Raises :class:`CheckpointError`, with the name of the file or tensor, for a truncated file and a missing, extra or
+    mis-shaped tensor, and ``ConfigError``, with the key, for a configuration that is not implemented. Both are
+    ValueErrors.
     """
     # Some repositories hold the weights twice, the second time as consolidated.safetensors.
     folder = locate(source, patterns=("config.json", "model*.safetensors", INDEX), revision=revision)

@@ -156,26 +156,18 @@ def test_several_ranks_give_the_adapters_pairs_replies_and_table_of_one(
 def test_models_are_evaluated_and_compared_under_all_prompts(world: Path, whole: Path, tmp_path: Path) -> None:
     """By ``evaluate.py``, whose models come with adapters and without, and ``ablate.py prompts``."""
     source = f"{world / 'backbone'}"
-    asked = [
-        "--test",
-        str(world / "test.json"),
-        "--max-new-tokens",
-        "8",
-        "--prompts",
-        "vanilla",
-        "refine",
-        "--tries",
-        "1",
-    ]
+    asked = ["--test", str(world / "test.json"), "--limit", "1", "--max-new-tokens", "8", "--tries", "1"]
+    asked += ["--prompts", "vanilla", "refine"]
     asked += ["--model", f"plain={source}", "--model", f"M1={source}@{whole / 'M1'}"]
-    for size in (1, 3):
+    for size in (1, 2):
         ended = launch(
             size, tmp_path / f"ranks-{size}", call, "evaluate", str(tmp_path / str(size)), *asked, *SHARD[size]
         )
         assert ended.codes == [0] * size, ended.errors
-    assert_same_files(tmp_path / "3" / "eval", tmp_path / "1" / "eval")
+    assert_same_files(tmp_path / "2" / "eval", tmp_path / "1" / "eval")
     given = flags(configuration(world, tmp_path / "ablation"))
-    ended = launch(2, tmp_path / "ranks-2", call, "ablate", "prompts", *given, "--iterations", "1", "--shard")
+    quick = ["--seeds", "0", "--iterations", "1", "--limit", "4"]
+    ended = launch(2, tmp_path / "ranks", call, "ablate", "prompts", *given, *quick, "--shard")
     assert ended.codes == [0, 0], ended.errors
     assert "| M1, refine" in (tmp_path / "ablation" / "prompts.md").read_text()
 
@@ -183,15 +175,15 @@ def test_models_are_evaluated_and_compared_under_all_prompts(world: Path, whole:
 def test_the_decoupled_system_is_trained_and_evaluated(world: Path, tmp_path: Path) -> None:
     given = ["--backbone", str(world / "backbone"), "--esconv", str(world / "esconv.json"), "--epochs", "1"]
     given += ["--max-new-tokens", "8", "--learning-rate", "1e-3", "--batch-size", "4", "--max-tokens", "8"]
-    given += ["--judge", str(world / "backbone"), "--judge-answers", "guided"]
-    for size in (1, 3):
+    given += ["--limit", "8", "--judge", str(world / "backbone"), "--judge-answers", "guided"]
+    for size in (1, 2):
         out = ["--out", str(tmp_path / str(size))]
         ended = launch(size, tmp_path / f"ranks-{size}", call, "decoupled", *given, *out, *SHARD[size])
         assert ended.codes == [0] * size, ended.errors
-    assert_same_files(tmp_path / "3" / "eval", tmp_path / "1" / "eval")
+    assert_same_files(tmp_path / "2" / "eval", tmp_path / "1" / "eval")
 
 
-SHARD: dict[int, list[str]] = {1: [], 3: ["--shard"]}
+SHARD: dict[int, list[str]] = {1: [], 2: ["--shard"]}
 
 
 def assert_same_files(ours: Path, theirs: Path) -> None:
