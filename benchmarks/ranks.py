@@ -3,8 +3,9 @@
     python benchmarks/ranks.py [--backbone DIR] [--data FILE] [--repeats 5]
 
 Every repeat starts one process, then two under torchrun, as ``torchrun examples/iterate.py`` does; both train on the
-same pairs, one per supporter turn, and answer the same prompts. The first round of each is not counted. Steps are of 32
-pairs, in packed rows of 1024 tokens, so that there is something to deal.
+same pairs, one per supporter turn, and answer the same turns. The first round of each is not counted. Steps are of 64
+pairs, in packed rows of 512 tokens, so that there is something to deal: some ten rows a step. A step of few rows leaves
+one of the ranks idle for a part of it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,8 @@ from pathlib import Path
 
 import torch
 from contest import spread
-from shapes import dialogue_pairs
+from shapes import dialogue_pairs, dialogue_turns
 
-from selfevo.datasets import load_dialogues
-from selfevo.dialogue import to_messages
 from selfevo.generate import Sampling, sample_replies
 from selfevo.kernels import ranks
 from selfevo.lora import inject_lora
@@ -32,20 +31,17 @@ from selfevo.models import load_model, load_tokenizer
 from selfevo.training import DPOObjective, TrainSettings, keep_freed_memory, reference_logps, train
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "examples" / "embedded"
-SETTINGS = TrainSettings(epochs=1, batch_size=32, accumulation=1, max_tokens=1024)
+SETTINGS = TrainSettings(epochs=1, batch_size=64, accumulation=1, max_tokens=512)
 
 
 def measure(backbone: str, data: str, dialogues: int) -> int:
     """Prints the seconds of training and of replies, in the second of two rounds."""
-    keep_freed_memory()
     model, tokenizer = load_model(backbone), load_tokenizer(backbone)
     inject_lora(model)
     every = dialogue_pairs(data, tokenizer, 0, dialogues)
     pairs = [pair for own in every for pair in own]
     groups = [str(number) for number, own in enumerate(every) for _ in own]
-    contexts = [
-        to_messages(dialogue.turns[:count]) for dialogue in load_dialogues(data)[:dialogues] for count in (1, 3, 5)
-    ]
+    contexts = [turn.messages for own in dialogue_turns(data, 0, dialogues) for turn in own]
 
     def training(folder: Path) -> None:
         objective = DPOObjective(pairs, reference_logps(model, pairs, SETTINGS.max_tokens), groups)
@@ -89,6 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.measure:
         torch.set_num_threads(1)
+        keep_freed_memory()  # as the programs do, on every rank
         ranks.run(lambda: measure(options.backbone, options.data, options.dialogues), served=0)
         return
     os.environ["OMP_NUM_THREADS"] = "1"

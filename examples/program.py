@@ -33,7 +33,9 @@ def program(*, memory: str, interrupted: str = "nothing was kept") -> Callable[[
             should_tell = _alone
             if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # started by torchrun
                 from selfevo.kernels import ranks  # PyTorch, which not every command needs
+                from selfevo.training import keep_freed_memory
 
+                keep_freed_memory()  # on every rank, not only on the one that runs main
                 work, should_tell = functools.partial(ranks.run, main, served=0), ranks.first_to_tell
             try:
                 if work is main and not any(argument.startswith("--memory") for argument in sys.argv):

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,11 +58,9 @@ class LoRALinear(nn.Linear):
         self.base_type = type(base)
         self.register_parameter("bias", base.bias)
         wide = torch.float64 if base.weight.dtype == torch.float64 else torch.float32
-        device = base.weight.device
-        self.frozen_A: Tensor = nn.Buffer(torch.empty(0, self.in_features, dtype=wide, device=device))  # (R, I)
-        self.frozen_B: Tensor = nn.Buffer(
-            torch.empty(self.out_features, 0, dtype=wide, device=device)
-        )  # (O, R), scaled
+        kind: dict[str, Any] = {"dtype": wide, "device": base.weight.device}
+        self.frozen_A: Tensor = nn.Buffer(torch.empty(0, self.in_features, **kind))  # (R, I)
+        self.frozen_B: Tensor = nn.Buffer(torch.empty(self.out_features, 0, **kind))  # (O, R), scaled
         self.adapter_enabled = True
         self.reset_adapter(rank, alpha, dropout, generator)
         self.train(base.training)

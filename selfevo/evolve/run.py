@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -94,7 +95,7 @@ def load_backbone(settings: BackboneSettings) -> tuple[Transformer, ChatTokenize
     source, revision = settings.source, settings.revision or None
     tokenizer = load_tokenizer(source, revision=revision, chat_format=settings.chat_format or None)
     shared = settings.shard and ranks.size() > 1
-    model = ranks.build(_load_shared, settings) if shared else _load(settings)
+    model = ranks.build(partial(_load, shared=True), settings) if shared else _load(settings)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise RunError(
             f"{source}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}"
@@ -106,10 +107,6 @@ def load_backbone(settings: BackboneSettings) -> tuple[Transformer, ChatTokenize
 def _load(settings: BackboneSettings, *, shared: bool = False) -> Transformer:
     dtype, device = getattr(torch, dtype_of(settings)), _device(settings.device)
     return load_model(settings.source, dtype=dtype, device=device, revision=settings.revision or None, shared=shared)
-
-
-def _load_shared(settings: BackboneSettings) -> Transformer:
-    return _load(settings, shared=True)
 
 
 def dtype_of(settings: BackboneSettings) -> str:

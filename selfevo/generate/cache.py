@@ -7,6 +7,7 @@ always the first slots of a cache.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,14 +54,17 @@ class Prefix:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: the tokens of ``prefix`` at the indices ``path``, in their order."""
+    """One prompt: the tokens of ``prefix`` at the indices ``path``, in their order, and behind them those of ``tail``,
+    which no other prompt has."""
 
     prefix: Prefix
     path: Tensor
+    tail: Prefix | None = None
 
 
 class RowCache(Protocol):
     """Takes the prompts of a prefilled trie, lets them enter a slot one at a time, adds a token to every row a step.
+    ``tails`` are how many of a prompt's last tokens a cache that shares prefixes keeps with the row's own reply.
 
     ``advance`` reserves the place of that token; from then on a step is of the first ``rows`` slots, some of which may
     be idle, and ``span`` keys. ``extend`` reserves the places of several tokens in some slots instead: the next pass is
@@ -71,7 +75,7 @@ class RowCache(Protocol):
     rows: int
     span: int
 
-    def prompts(self, prefill: Prefill) -> list[Prompt]: ...
+    def prompts(self, prefill: Prefill, tails: Sequence[int]) -> list[Prompt]: ...
     def enter(self, slot: int, prompt: Prompt) -> None: ...
     def move(self, source: int, target: int) -> None: ...
     def advance(self, rows: int) -> None: ...
@@ -142,7 +146,7 @@ class SlotCache(Slots):
         super().__init__(model, slots, capacity, model.dtype)
         self._masks: dict[int | None, Tensor] = {}  # of this step, by window
 
-    def prompts(self, prefill: Prefill) -> list[Prompt]:
+    def prompts(self, prefill: Prefill, tails: Sequence[int]) -> list[Prompt]:
         prefix = prefill.prefix(np.arange(len(prefill.trie)), self.keys.dtype)
         return [Prompt(prefix, torch.from_numpy(path.copy()).to(self.keys.device)) for path in prefill.trie.paths]
 

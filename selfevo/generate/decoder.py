@@ -26,10 +26,11 @@ from selfevo.generate.shared_cache import SharedPrefixCache
 from selfevo.kernels.head import allocate_logits, head_logits
 from selfevo.models.transformer import Transformer
 from selfevo.trie.packing import pack
-from selfevo.trie.trie import Ids, as_ids, build_trie
+from selfevo.trie.trie import Ids, as_ids, build_trie, private_tails
 
 MAX_PREFILL_TOKENS = 4096  # distinct prompt tokens of one prefill pass
 SLOTS = 32  # replies decoded at a time
+_TAIL = 1.5  # the longest tail over the median one
 
 Phase = Literal["prefill", "fixed", "decode", "logits", "sample"]
 # Called as observer(phase, rows, waiting); the context it returns spans the phase. ``rows`` are the replies (in prefill
@@ -120,6 +121,7 @@ class _Sequence:
     reply: list[int]
     filling: Filling | None
     distinct: int = 0  # ids of the prompt
+    tail: int = 0  # of its last ids, which a cache that shares prefixes keeps with the reply
     pending: list[int] = field(default_factory=list)
 
     @classmethod
@@ -149,7 +151,10 @@ class _Decoder:
         slots, device = min(batch_size, len(sequences)), model.device
         longest, new = max(len(sequence.prompt) for sequence in sequences), ending.max_new_tokens
         padding = 0 if sequences[0].filling is None else sequences[0].filling.form.longest_run
-        self.cache = row_cache(model, slots, longest, new + padding)
+        packs = pack([[sequence.prompt] for sequence in sequences], MAX_PREFILL_TOKENS)
+        self.packs = deque([sequences[index] for index in members] for members in packs)
+        set_tails(self.packs)
+        self.cache = row_cache(model, slots, longest, new + padding, max(sequence.tail for sequence in sequences))
         self.graphs = step_graphs(device) if cuda_graphs else None
         self.logits = allocate_logits(slots, model.lm_head.weight)
         # What the sampler needs of every slot: the distinct ids seen, how many they are, the keys and counters of the
@@ -158,8 +163,6 @@ class _Decoder:
         self.seen_lengths, self.keys, self.steps, self.last = (
             torch.zeros(slots, dtype=torch.int64, device=device) for _ in range(4)
         )
-        packs = pack([[sequence.prompt] for sequence in sequences], MAX_PREFILL_TOKENS)
-        self.packs = deque([sequences[index] for index in members] for members in packs)
         self.ready: deque[tuple[_Sequence, Prompt, Tensor]] = deque()  # prefilled, each with its last hidden state
         self.running: list[_Sequence] = []
         self.finished = self.produced = 0
@@ -294,17 +297,30 @@ class _Decoder:
             tokens, positions = trie.tokens.to(device)[None], trie.positions.to(device)[None]
             hidden = self.model.hidden_states(tokens, positions, context)[0]
             last = hidden[torch.tensor([path[-1] for path in trie.paths], device=device)]
-            self.ready += zip(members, self.cache.prompts(context), last)
+            prompts = self.cache.prompts(context, [sequence.tail for sequence in members])
+            self.ready += zip(members, prompts, last)
         return True
 
     def _observed(self, phase: Phase, rows: int) -> AbstractContextManager[object]:
         return self.observer(phase, rows, len(self.ready) + sum(map(len, self.packs)))
 
 
-def row_cache(model: Transformer, slots: int, longest: int, new: int) -> RowCache:
+def set_tails(packs: Iterable[Sequence[_Sequence]]) -> None:
+    """Sets the tails of all sequences to what they do not share with others of their pack, so that what is left of them
+    can be one prefix for many. As every row's own keys are padded to the longest, a tail much longer than half of the
+    others are stays with its prefix."""
+    packs = list(packs)
+    found = [private_tails([sequence.prompt for sequence in members]) for members in packs]
+    limit = _TAIL * float(np.median(np.concatenate(found)))
+    for members, tails in zip(packs, found):
+        for sequence, tail in zip(members, tails):
+            sequence.tail = min(tail, len(sequence.prompt) - 1) if tail <= limit else 0
+
+
+def row_cache(model: Transformer, slots: int, longest: int, new: int, tail: int = 0) -> RowCache:
     """The cache for this device, for prompts of up to ``longest`` tokens and replies of up to ``new``."""
     if model.device.type == "cpu" and slots > 1:
-        return SharedPrefixCache(model, slots, new)
+        return SharedPrefixCache(model, slots, tail + new)
     return SlotCache(model, slots, longest + new)
 
 

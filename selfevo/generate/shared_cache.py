@@ -35,28 +35,35 @@ class RowGroups:
 
 
 class SharedPrefixCache(Slots):
-    """Rows keep the keys of their own replies alone, in float32 or wider."""
+    """Rows keep the keys of their own replies, and of what their prompts do not share, in float32 or wider."""
 
-    def __init__(self, model: Transformer, slots: int, new: int) -> None:
-        super().__init__(model, slots, new, torch.promote_types(model.dtype, torch.float32))
+    def __init__(self, model: Transformer, slots: int, own: int) -> None:
+        super().__init__(model, slots, own, torch.promote_types(model.dtype, torch.float32))
         self._queries_per_key = model.config.num_heads // model.config.num_kv_heads
         self._entered: list[Prompt | None] = [None] * slots
-        self._starts = torch.zeros(slots, dtype=torch.int64)  # the lengths of the prompts
+        self._starts = torch.zeros(slots, dtype=torch.int64)  # the positions of the rows' first own keys
         self._groups: RowGroups | None = None  # until a row comes or goes
         self._prefix_biases: dict[int | None, list[Tensor | None]] = {}  # by window
         self._own_biases: dict[int | None, Tensor] = {}
 
-    def prompts(self, prefill: Prefill) -> list[Prompt]:
+    def prompts(self, prefill: Prefill, tails: Sequence[int]) -> list[Prompt]:
         found: list[Prompt] = []
-        for paths in similar_runs(prefill.trie.paths):
+        splits = [np.split(path, [len(path) - tail]) for path, tail in zip(prefill.trie.paths, tails)]
+        own = iter(tail for _, tail in splits)
+        for paths in similar_runs([path for path, _ in splits]):
             nodes = np.unique(np.concatenate(paths))
             prefix = prefill.prefix(nodes, self.keys.dtype)
-            found += [Prompt(prefix, torch.from_numpy(np.searchsorted(nodes, path))) for path in paths]
+            for path in paths:
+                tail = prefill.prefix(next(own), self.keys.dtype)
+                found.append(Prompt(prefix, torch.from_numpy(np.searchsorted(nodes, path)), tail))
         return found
 
     def enter(self, slot: int, prompt: Prompt) -> None:
+        assert prompt.tail is not None
         self._entered[slot], self._starts[slot] = prompt, len(prompt.path)
-        self.fill(slot, 0)
+        length = len(prompt.tail.positions)
+        self.keys[:, slot, :, :length], self.values[:, slot, :, :length] = prompt.tail.keys, prompt.tail.values
+        self.fill(slot, length)
         self._groups = None
 
     def move(self, source: int, target: int) -> None:

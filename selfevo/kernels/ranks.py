@@ -80,7 +80,7 @@ class _World:
         if self.local < gpus:
             torch.cuda.set_device(self.local)
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
-        with self.waiting():
+        with self._waiting():
             store = _store(False)
             dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.size, timeout=_FOR_EVER)
 
@@ -102,7 +102,7 @@ class _World:
         transfer(tensors, self._send, first=True)
         own = self._do(function, model, parts[0])
         found: list[Any] = [None] * self.size
-        with self.waiting():
+        with self._waiting():
             dist.gather_object(None, found)
         return [own, *found[1:]]
 
@@ -117,7 +117,7 @@ class _World:
             self.mirrors = {known: mirror for known, mirror in self.mirrors.items() if known in job.alive}
             self.mirrors[job.number] = model
             result = self._do(job.function, model, job.parts[self.rank])
-            with self.waiting():
+            with self._waiting():
                 dist.gather_object(result)
 
     def _do(self, function: Callable[[M, P], R], model: M, part: P) -> R:
@@ -137,22 +137,22 @@ class _World:
         dist.destroy_process_group()
 
     def reduce(self, tensor: Tensor) -> None:
-        with self.waiting():
+        with self._waiting():
             dist.reduce(tensor, 0)
 
     def any(self, flag: bool) -> bool:
         found = torch.tensor(int(flag))
-        with self.waiting():
+        with self._waiting():
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return bool(found)
 
     def _send(self, tensor: Tensor) -> None:
-        with self.waiting():
+        with self._waiting():
             dist.broadcast(tensor, 0)
 
     def _broadcast_object(self, job: Any) -> Any:
         box = [job]
-        with self.waiting():
+        with self._waiting():
             dist.broadcast_object_list(box)
         return box[0]
 
@@ -165,7 +165,7 @@ class _World:
         return torch.device(kind, self.local) if kind == "cuda" else torch.device(kind)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
+    def _waiting(self) -> Iterator[None]:
         """Around everything that takes all ranks."""
         self.watch.turn += 1
         try:

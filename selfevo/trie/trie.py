@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -50,6 +51,14 @@ def shared_prefix(a: Ids, b: Ids) -> int:
     length = min(len(a), len(b))
     differs = a[:length] != b[:length]
     return int(differs.argmax()) if differs.any() else length
+
+
+def private_tails(sequences: Sequence[Ids]) -> list[int]:
+    """How many of the last tokens of each sequence are behind all that it shares with any other."""
+    order = sorted(range(len(sequences)), key=lambda index: sort_key(sequences[index]))
+    links = [0, *(shared_prefix(sequences[a], sequences[b]) for a, b in pairwise(order)), 0]  # between neighbours
+    shared = {index: max(links[place : place + 2]) for place, index in enumerate(order)}
+    return [len(sequence) - shared[index] for index, sequence in enumerate(sequences)]
 
 
 def build_trie(sequences: Sequence[Sequence[int] | Ids]) -> TokenTrie:

@@ -74,3 +74,10 @@ def test_reflections_both_ways(tmp_path: Path) -> None:
 def test_longer_dialogues() -> None:
     report = run("turns.py", "--turns", "2", "--tries", "1")
     assert re.findall(r"^(\d+) turns", report, re.MULTILINE) == ["2", "4", "8"]
+
+
+def test_the_table_of_what_bounds_a_step_is_that_of_the_documentation() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "scaling.py")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert printed in (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert printed.count("| training |") == printed.count("| decoding") == 6

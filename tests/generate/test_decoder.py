@@ -268,8 +268,9 @@ def test_shared_trunks_give_the_replies_of_rows_that_keep_their_own_prompts(
         return sum(reply) % 5 == 0
 
     expected: list[list[int]] | None = None
-    for spread in (1.0, 1.5, 100.0):
+    for spread, tail in ((1.0, 0.0), (1.5, 1.5), (1.0, 100.0), (100.0, 1.5), (100.0, 100.0)):
         monkeypatch.setattr(shared_cache, "SPREAD", spread)
+        monkeypatch.setattr(generate_room, "_TAIL", tail)
         for slots in (1, 4, 9):
             found = generate(model, prompts, max_new_tokens=12, batch_size=slots, stop_when=ends)
             expected = expected or found
@@ -277,7 +278,7 @@ def test_shared_trunks_give_the_replies_of_rows_that_keep_their_own_prompts(
     assert len({len(reply) for reply in expected or ()}) > 2
     with monkeypatch.context() as patch:
         patch.setattr(
-            generate_room, "row_cache", lambda model, slots, longest, new: SlotCache(model, slots, longest + new)
+            generate_room, "row_cache", lambda model, slots, longest, new, tail: SlotCache(model, slots, longest + new)
         )
         for slots in (1, 4, 9):
             assert generate(model, prompts, max_new_tokens=12, batch_size=slots, stop_when=ends) == expected

@@ -94,7 +94,9 @@ def test_a_form_is_filled_as_a_plain_loop_fills_it(
     sampling = Sampling(repetition_penalty=penalty, top_k=top_k, seed=seed)
     with pytest.MonkeyPatch.context() as patch:
         if own:
-            patch.setattr(generate_room, "row_cache", lambda model, slots, old, new: SlotCache(model, slots, old + new))
+            patch.setattr(
+                generate_room, "row_cache", lambda model, slots, old, new, tail: SlotCache(model, slots, old + new)
+            )
         told: dict[int, list[int]] = {}
         found = generate(
             model, PROMPTS, max_new_tokens=form.longest, form=form, batch_size=slots, on_reply=told.__setitem__,

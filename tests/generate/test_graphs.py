@@ -27,7 +27,7 @@ def slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caches, "_ROWS", 2)
     monkeypatch.setattr(caches, "_KEYS", 16)
     monkeypatch.setattr(
-        generate_room, "row_cache", lambda model, slots, longest, new: SlotCache(model, slots, longest + new)
+        generate_room, "row_cache", lambda model, slots, longest, new, tail: SlotCache(model, slots, longest + new)
     )
 
 

@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import decoupled
+import faulty
+import iterate
 import pytest
 import torch
 from conftest import tiny_model
@@ -222,6 +225,14 @@ def test_after_a_rank_was_killed_in_each_stage_another_number_of_ranks_goes_on_t
         assert "--resume" in sentence
     assert run(config) == 0
     assert_same(tmp_path / "run", whole)
+
+
+def test_one_process_cannot_share_weights(world: Path, tmp_path: Path) -> None:
+    says = ("--shard has no effect here: there is one process",)
+    for main in (iterate.main, decoupled.main):
+        given = ["--backbone", world / "backbone", "--esconv", world / "esconv.json", "--out", tmp_path / "run"]
+        faulty.assert_program_refuses(main, *given, "--shard", mentions=says, kind="requests")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_rank_reads_no_more_of_the_weights_than_it_keeps(world: Path, tmp_path: Path) -> None:

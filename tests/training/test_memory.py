@@ -88,8 +88,8 @@ def test_the_sums_are_of_their_parts_and_follow_the_flags(tmp_path: Path) -> Non
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(values))
 
-    def said(*flags: str) -> dict[str, float]:
-        command = [sys.executable, str(ITERATE), "--backbone", str(tmp_path), "--esconv", "x", "--memory", *flags]
+    def said(*flags: str, memory: str = "--memory") -> dict[str, float]:
+        command = [sys.executable, str(ITERATE), "--backbone", str(tmp_path), "--esconv", "x", memory, *flags]
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return {name.strip(): float(value) for value, name in re.findall(r"([\d.]+) GiB  (.*)", printed)}
 
@@ -103,3 +103,7 @@ def test_the_sums_are_of_their_parts_and_follow_the_flags(tmp_path: Path) -> Non
     assert lean["rollout cache"] == pytest.approx(plain["rollout cache"], abs=0.02)  # half the slots, twice the bytes
     assert lean["activations of a packed row"] < plain["activations of a packed row"]
     assert plain["rollout cache"] == pytest.approx(2 * 4 * 256 * 32 * 2048 * 2 / GIB, abs=0.01)
+    parts = said("--shard", memory="--memory=4")
+    block, rest = 2 * (2 * 512 * 512 + 2 * 512 * 256 + 3 * 512 * 1024 + 2 * 512), 2 * (2 * 32000 * 512 + 512)
+    assert plain["weights"] == pytest.approx((4 * block + rest) / GIB, abs=0.006)
+    assert parts["weights"] == pytest.approx((block + 2 * block + rest) / GIB, abs=0.006)  # a quarter, and two gathered

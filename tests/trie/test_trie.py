@@ -17,7 +17,7 @@ from selfevo.scoring import response_logps
 from selfevo.trie import TokenTrie, build_trie, pack
 from selfevo.trie import mask as mask_room
 from selfevo.trie.mask import Tile, TreeMask
-from selfevo.trie.trie import as_ids
+from selfevo.trie.trie import as_ids, private_tails
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=9)
 FAMILIES = {
@@ -115,6 +115,14 @@ def test_below_every_node_the_longest_sequence_comes_first(sequences: list[list[
         depths = trie.positions[node : int(trie.ends[node])]
         first = int((depths.diff() != 1).nonzero()[0]) if (depths.diff() != 1).any() else len(depths) - 1
         assert depths[first] == depths.max()
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_a_tail_is_what_no_other_sequence_has(sequences: list[list[int]]) -> None:
+    for place, (own, tail) in enumerate(zip(sequences, private_tails([as_ids(sequence) for sequence in sequences]))):
+        others = sequences[:place] + sequences[place + 1 :]
+        shared = [n for n in range(len(own) + 1) if any(other[:n] == own[:n] and len(other) >= n for other in others)]
+        assert tail == len(own) - max(shared, default=0)
 
 
 @pytest.mark.parametrize("bad", [[], [[1], []]])
