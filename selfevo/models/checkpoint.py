@@ -114,7 +114,7 @@ def _has_own_head(shards: Mapping[Path, Sequence[str]]) -> bool:
     places = {name: shard for shard, names in shards.items() for name in names if name in (EMBEDDING, HEAD)}
     if len(places) < 2:
         return False
-    return not torch.equal(*(_stored(places[name], name)[1] for name in (EMBEDDING, HEAD)))
+    return not torch.equal(*(_stored(places[name], name) for name in (EMBEDDING, HEAD)))
 
 
 def read_config(folder: Path, allow_unknown: Collection[str] = ()) -> ModelConfig:
@@ -174,22 +174,26 @@ def _stored_names(folder: Path, path: Path) -> list[str]:
         raise CheckpointError(str(error)) from error
 
 
-def _stored(path: Path, name: str, rows: slice = slice(None)) -> tuple[tuple[int, ...], Tensor]:
-    """The shape of a tensor in a file, and some of its rows."""
+def _stored(path: Path, name: str, place: Tensor | None = None) -> Tensor:
+    """A tensor in a file, or what this rank keeps of one whose ``place`` in the model, without values, is given."""
     try:
         with safe_open(path, framework="pt") as file:
+            if place is None:
+                whole: Tensor = file.get_tensor(name)
+                return whole
             stored = file.get_slice(name)
-            return tuple(stored.get_shape()), stored[rows]
+            if (shape := tuple(stored.get_shape())) == place.shape:
+                rows: Tensor = stored[own_rows(place)]
+                return rows
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: {name} cannot be read ({error}); the file is damaged") from error
+    raise CheckpointError(f"{path}: {name} has shape {shape}, but the configuration needs {tuple(place.shape)}")
 
 
 def _read_tensor(path: Path, name: str, place: Tensor, dtype: torch.dtype | None, device: torch.device) -> Tensor:
-    """What a rank keeps of a tensor, copied out of the file, which is closed at once: its mapped pages would count as
-    memory in use. ``place`` is the tensor of the model, without values."""
-    shape, tensor = _stored(path, name, own_rows(place))
-    if shape != place.shape:
-        raise CheckpointError(f"{path}: {name} has shape {shape}, but the configuration needs {tuple(place.shape)}")
+    """What this rank keeps of a tensor, copied out of the file, which is closed at once: its mapped pages would count
+    as memory in use."""
+    tensor = _stored(path, name, place)
     if not tensor.is_floating_point() or tensor.element_size() < 2:
         raise CheckpointError(f"{path}: {name} is stored as {tensor.dtype}; quantised weights are not implemented")
     tensor = tensor.to(device=device, dtype=dtype or tensor.dtype, copy=True)

@@ -1,5 +1,5 @@
 """The small world of runs as a fixture."""
 
-from runs import world
+from runs import finished, world
 
-__all__ = ["world"]
+__all__ = ["finished", "world"]
