@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from selfevo.kernels.linear import Linear, linear
+from selfevo.kernels.mirror import is_shared_out
 from selfevo.lora import LoRALinear, exchange
 
 MAX_BYTES = 4 * 2**30  # of merged copies, which are held beside the weights
@@ -28,7 +28,7 @@ def decoding_layers(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     size = sum(layer.weight.numel() * layer.weight.element_size() for layer in layers)
     narrow = any(layer.weight.dtype not in (torch.float32, torch.float64) for layer in layers)
-    shared = any(isinstance(layer.weight, DTensor) for layer in layers)
+    shared = any(is_shared_out(layer.weight) for layer in layers)
     make = _StackedLinear if narrow or shared or size > MAX_BYTES else _merged
     others = [make(layer) for layer in layers]
     for layer, other in zip(layers, others):

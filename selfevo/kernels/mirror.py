@@ -6,6 +6,7 @@ Weights that the ranks share out (DTensors) are never sent: each rank has loaded
 from __future__ import annotations
 
 import copy
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,10 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 _BUCKET = 2**26  # bytes of small tensors that are sent as one
 Send = Callable[[Tensor], None]  # broadcasts a tensor of bytes from rank 0, in place on the others
+
+
+def is_shared_out(tensor: Tensor | None) -> bool:
+    """Whether a tensor is a DTensor, of which each rank has a part; where nobody has imported them, which takes most
+    of a second, there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,7 @@ class Skeleton:
             return cls(None, _settings(module), {}, {})
         settings = {key: value for key, value in vars(module).items() if not key.startswith("_")}
         parameters, buffers = (
-            {key: _without_value(value) for key, value in tensors.items() if not isinstance(value, DTensor)}
+            {key: _without_value(value) for key, value in tensors.items() if not is_shared_out(value)}
             for tensors in (module._parameters, module._buffers)
         )
         return cls(type(module), settings, parameters, buffers)
@@ -45,7 +52,7 @@ class Skeleton:
         vars(module).update(self.settings)
         if self.kind is not None:
             module.__class__ = self.kind
-            shared = {key: value for key, value in module._parameters.items() if isinstance(value, DTensor)}
+            shared = {key: value for key, value in module._parameters.items() if is_shared_out(value)}
             vars(module).update(_parameters=shared | self.parameters, _buffers=dict(self.buffers))
 
 
@@ -69,7 +76,7 @@ class Original:
         """What has changed since the last call, and the tensors to send."""
         outline, named = _outline(model), _tensors(model)
         modules: nn.Module | dict[str, Skeleton] | None = None
-        if outline != self.outline and any(isinstance(tensor, DTensor) for tensor in model.parameters()):
+        if outline != self.outline and any(is_shared_out(tensor) for tensor in model.parameters()):
             modules = {name: Skeleton.of(module) for name, module in model.named_modules()}
         elif outline != self.outline:
             modules = _without_values(model)
@@ -140,7 +147,7 @@ def _tensors(model: nn.Module) -> list[tuple[tuple[str, ...], Tensor]]:
     names: dict[int, list[str]] = {}
     found: dict[int, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, DTensor):
+        if is_shared_out(tensor):
             continue
         names.setdefault(id(tensor), []).append(name)
         found[id(tensor)] = tensor

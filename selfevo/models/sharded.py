@@ -7,9 +7,8 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor
 
+from selfevo.kernels.mirror import is_shared_out
 from selfevo.models.transformer import Transformer
 
 
@@ -18,6 +17,8 @@ def share_out(model: Transformer, device: str) -> None:
 
     Raises ValueError for a version of PyTorch that cannot.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+
     try:
         from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
     except ImportError as error:
@@ -26,7 +27,7 @@ def share_out(model: Transformer, device: str) -> None:
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
-    whole = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
+    whole = {parameter for parameter in model.parameters() if not is_shared_out(parameter)}
     fully_shard(model, mesh=mesh, ignored_params=whole)  # of the blocks it makes one model, which gathers ahead
     register_fsdp_forward_method(model, "_pass")
     model.shared = True
@@ -34,17 +35,20 @@ def share_out(model: Transformer, device: str) -> None:
 
 def own_rows(tensor: Tensor) -> slice:
     """The rows of a tensor that this rank keeps."""
-    if not isinstance(tensor, DTensor):
+    if not is_shared_out(tensor):
         return slice(0, len(tensor))
-    size = -(-len(tensor) // tensor.device_mesh.size())
-    start = min(tensor.device_mesh.get_rank() * size, len(tensor))
+    size = -(-len(tensor) // dist.get_world_size())
+    start = min(dist.get_rank() * size, len(tensor))
     return slice(start, min(start + size, len(tensor)))
 
 
 def in_place_of(tensor: Tensor, rows: Tensor) -> Tensor:
     """This rank's rows as what stands for the whole tensor."""
-    if not isinstance(tensor, DTensor):
+    if not is_shared_out(tensor):
         return rows
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(tensor, DTensor)
     return DTensor.from_local(
         rows, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
@@ -52,6 +56,7 @@ def in_place_of(tensor: Tensor, rows: Tensor) -> Tensor:
 
 def own_part(tensor: Tensor) -> tuple[int, Tensor]:
     """What this rank keeps of the flattened tensor, and where in it that begins."""
-    if not isinstance(tensor, DTensor):
+    if not is_shared_out(tensor):
         return 0, tensor.flatten()
-    return own_rows(tensor).start * (tensor.numel() // max(1, len(tensor))), tensor.to_local().flatten()
+    local: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+    return own_rows(tensor).start * (tensor.numel() // max(1, len(tensor))), local.flatten()

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from selfevo.files import read_object, write_json
 from selfevo.kernels import ranks
+from selfevo.kernels.mirror import is_shared_out
 from selfevo.lora import disable_adapters
 from selfevo.models.sharded import own_part
 from selfevo.models.transformer import Transformer
@@ -64,7 +64,7 @@ def _own_values(model: Transformer, _: None = None) -> dict[str, bytes]:
     """What this rank has of the values that identify a model, by name; what is whole on all ranks, on the first one."""
     found = {}
     for name, tensor in model.state_dict().items():
-        if name.endswith((".lora_A", ".lora_B")) or (ranks.rank() > 0 and not isinstance(tensor, DTensor)):
+        if name.endswith((".lora_A", ".lora_B")) or (ranks.rank() > 0 and not is_shared_out(tensor)):
             continue
         start, own = own_part(tensor.detach())
         if "frozen_" not in name:
