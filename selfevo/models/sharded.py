@@ -17,12 +17,11 @@ def share_out(model: Transformer, device: str) -> None:
 
     Raises ValueError for a version of PyTorch that cannot.
     """
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 7):
+        raise ValueError(f"sharing weights out needs PyTorch 2.7 or later, this is {torch.__version__}")
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    try:
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    except ImportError as error:
-        raise ValueError(f"sharing weights out needs PyTorch 2.7 or later, this is {torch.__version__}") from error
     model.requires_grad_(False)
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     for block in model.model.layers:
